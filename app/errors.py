@@ -1,0 +1,114 @@
+"""Every error pgrecall raises on purpose; knows no framework, carries no driver text.
+
+PgrecallError
+├── BadInput              the request is at fault: names the field, the fault and what is allowed
+│   └── TooLarge          over a limit that is stated
+├── NotFound              no such document in this tenant
+├── VersionConflict       If-Match named another version than the stored one
+├── Unavailable           cannot be done now; retry after `retry_after` seconds
+│   ├── DatabaseUnavailable
+│   └── PoolExhausted
+├── TimedOut              the statement ran into its time limit
+├── UpstreamFailed        a model server failed, after the retries it deserved
+│   ├── EmbeddingFailed
+│   └── ChatFailed
+└── SetupError            the program cannot start like this; the message says what to run or set
+    ├── WrongSetting
+    ├── SchemaTooOld
+    ├── ModelMismatch
+    └── Unsafe            the login could reach another tenant's rows
+"""
+
+
+class PgrecallError(Exception):
+    """Something pgrecall was asked for cannot be done."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip())
+
+
+class BadInput(PgrecallError):
+    """The request is at fault.
+
+    `field` is the path of the faulty value as the caller wrote it (`documents[3].metadata`), empty for the whole request.
+    """
+
+    def __init__(self, field: str, fault: str) -> None:
+        super().__init__(f"{field}: {fault}" if field else fault)
+        self.field = field
+        self.fault = fault
+
+    def under(self, prefix: str) -> "BadInput":
+        """The same fault seen from outside: `content` becomes `documents[3].content`."""
+        return type(self)(f"{prefix}.{self.field}" if self.field else prefix, self.fault)
+
+
+class TooLarge(BadInput):
+    """A value is over a stated limit."""
+
+
+class NotFound(PgrecallError):
+    """There is no such document in this tenant."""
+
+
+class VersionConflict(PgrecallError):
+    """The stored version is another one than If-Match names."""
+
+
+class Unavailable(PgrecallError):
+    """This cannot be done now; try again later."""
+
+    def __init__(self, message: str = "", retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database cannot be reached."""
+
+
+class PoolExhausted(Unavailable):
+    """Every database connection is in use."""
+
+
+class TimedOut(PgrecallError):
+    """The statement ran into its time limit."""
+
+
+class UpstreamFailed(PgrecallError):
+    """A model server failed."""
+
+
+class EmbeddingFailed(UpstreamFailed):
+    """The embedding model's server failed.
+
+    `index` is the position of the text at fault in the call, where one text is.
+    """
+
+    def __init__(self, message: str = "", index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class ChatFailed(UpstreamFailed):
+    """The chat model's server failed."""
+
+
+class SetupError(PgrecallError):
+    """The program cannot start like this."""
+
+
+class WrongSetting(SetupError):
+    """A setting has a value that is not allowed."""
+
+
+class SchemaTooOld(SetupError):
+    """The database's schema is older than this release needs."""
+
+
+class ModelMismatch(SetupError):
+    """The database holds another embedding model than is configured."""
+
+
+class Unsafe(SetupError):
+    """The login could reach another tenant's rows."""

@@ -1,0 +1,40 @@
+"""Which embedding model, and so which vector space, this database holds."""
+
+from typing import NamedTuple
+
+from sqlalchemy import select
+
+from app.database import Database, Statement, rendered
+from app.embedding import Embedder
+from app.errors import ModelMismatch
+from app.tables import embedding_models
+
+ACTIVE_SQL = rendered(
+    select(embedding_models.c.name, embedding_models.c.dimensions).where(embedding_models.c.state == "active")
+)
+
+
+class Model(NamedTuple):
+    """A space: vectors of another model of the same length are still of another space."""
+
+    name: str
+    dimensions: int
+
+
+async def recorded(database: Database) -> Model:
+    """The model this database's vectors are of."""
+    (row,) = await database.fetch_public(Statement("active model", ACTIVE_SQL, {"state_1": "active"}))
+    return Model(**row)
+
+
+def check(recorded_model: Model, configured: Embedder) -> None:
+    """Raise ModelMismatch, saying what to run, unless the database holds what is configured."""
+    if (configured.model, configured.dimensions) != recorded_model:
+        raise ModelMismatch(
+            f"this database holds vectors of {recorded_model.name} with {recorded_model.dimensions} dimensions, but "
+            f"{configured.model} with {configured.dimensions} is configured. Either use the model it holds "
+            f"(PGRECALL_EMBEDDING_MODEL={recorded_model.name} "
+            f"PGRECALL_EMBEDDING_DIMENSIONS={recorded_model.dimensions}, with OPENAI_API_KEY or OPENAI_BASE_URL set or "
+            "not as when it was made), or make another database for the configured one: set DATABASE_URL or "
+            "PGRECALL_DATA_DIR to it and run `pgrecall migrate`"
+        )

@@ -1,0 +1,50 @@
+"""The database roles pgrecall works under, and the statements that make them.
+
+Roles belong to the cluster, not to a database: `pgrecall roles` prints or applies these statements once, as an
+administrator; migrations only grant to the roles. Everything here may be run again.
+"""
+
+from psycopg import sql
+
+APP = "pgrecall_app"
+WORKER = "pgrecall_worker"
+
+ROLES = {
+    APP: "What the service becomes in each transaction: one tenant's rows, read through views, written under policies.",
+    WORKER: "Claims pending documents of any tenant, then works as pgrecall_app.",
+    "pgrecall_analyst": "Reads the tables under row-level security: the tenants listed in analyst_tenants.",
+    "pgrecall_backup": "Reads every row of every tenant, for pg_dump.",
+}
+
+# Two sessions may run this at once: the loser of either race finds the work done.
+_CREATE = """\
+do $$ begin
+    create role {role} nologin;
+exception when duplicate_object or unique_violation then null;
+end $$"""
+_GRANT = """\
+do $$ begin
+    if not pg_has_role({login_text}, {role_text}, 'member') then
+        grant {role} to {login};
+    end if;
+exception when internal_error or unique_violation then null;
+end $$"""
+
+
+def statements(login: str | None = None) -> list[str]:
+    """The idempotent SQL that makes the roles and, where a login is named, lets it become the service's two."""
+    made: list[sql.Composable] = []
+    for role, purpose in ROLES.items():
+        name = sql.Identifier(role)
+        made.append(sql.SQL(_CREATE).format(role=name))
+        made.append(sql.SQL("comment on role {} is {}").format(name, sql.Literal(purpose)))
+    for role in (APP, WORKER) if login else ():
+        made.append(
+            sql.SQL(_GRANT).format(
+                login=sql.Identifier(login or ""),
+                login_text=sql.Literal(login),
+                role=sql.Identifier(role),
+                role_text=sql.Literal(role),
+            )
+        )
+    return [statement.as_string(None) for statement in made]

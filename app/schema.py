@@ -1,0 +1,126 @@
+"""The schema's revision: what this release needs, what a database has, and how to get there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+
+from app import local, roles
+from app.database import Database, Statement, translated
+from app.errors import SchemaTooOld, SetupError, Unsafe
+from app.model import Model
+from app.settings import Settings
+
+REQUIRED = "0001"
+"""The oldest revision this release works on. Revisions are numbered, so newer ones compare as greater."""
+
+_INI = Path(__file__).resolve().parent.parent / "alembic.ini"
+
+REVISION = Statement("schema revision", "select version_num from alembic_version", {})
+"""Which revision the database is at."""
+
+PREFLIGHT = Statement(
+    "isolation preflight",
+    """
+select (select pg_has_role(current_user, oid, 'member') from pg_roles where rolname = %(app)s) as member,
+       (select rolsuper or rolbypassrls from pg_roles where rolname = %(app)s) as bypasses,
+       (select bool_or(pg_has_role(%(app)s, c.relowner, 'usage')) from pg_class c
+         where c.oid in ('sources'::regclass, 'documents'::regclass, 'embedding_cache'::regclass)) as owns,
+       (select bool_and(c.relrowsecurity) from pg_class c
+         where c.oid in ('sources'::regclass, 'documents'::regclass, 'embedding_cache'::regclass)) as secured,
+       (select count(*) from pg_policy p join pg_roles r on r.oid = any (p.polroles)
+         where r.rolname = %(app)s
+           and p.polrelid in ('sources'::regclass, 'documents'::regclass, 'embedding_cache'::regclass)) as policies
+""",
+    {"app": roles.APP},
+)
+"""Whether the role that every transaction drops to really is confined to one tenant."""
+
+
+class Readiness(NamedTuple):
+    """What a database has: its revision and the model whose vectors it holds."""
+
+    revision: str
+    model: Model
+
+
+@contextmanager
+def migration_url(settings: Settings) -> Iterator[str]:
+    """Where migrations go: PGRECALL_MIGRATION_URL, else DATABASE_URL, else the embedded database as its owner."""
+    if settings.migration_url or settings.database_url:
+        yield settings.migration_url or settings.database_url or ""
+        return
+    database = local.start(settings)
+    try:
+        yield database.owner_url
+    finally:
+        database.close()
+
+
+def config(settings: Settings) -> Config:
+    """Alembic's configuration, with the settings of this process handed to migrations/env.py."""
+    made = Config(_INI)
+    made.attributes["settings"] = settings
+    return made
+
+
+def migrate(settings: Settings, revision: str = "head") -> None:
+    """Bring the database to `revision`. Raises SetupError in the database's own words where it refuses."""
+    try:
+        with translated():
+            command.upgrade(config(settings), revision)
+    except psycopg.Error as error:
+        hint = f". {error.diag.message_hint}" if error.diag.message_hint else ""
+        raise SetupError(f"migration failed: {error.diag.message_primary or error}{hint}") from error
+
+
+def recorded_model(connection: Connection) -> Model | None:
+    """The model a database was made for, None where it is still empty."""
+    if connection.execute(text("select to_regclass('embedding_models')")).scalar() is None:
+        return None
+    row = connection.execute(text("select name, dimensions from embedding_models where state = 'active'")).first()
+    return Model(*row) if row else None
+
+
+def vector_schema(connection: Connection) -> str:
+    """Prefix under which pgvector's names must be written: empty where the search path finds them."""
+    row = connection.execute(
+        text(
+            "select quote_ident(n.nspname) || '.', pg_type_is_visible(t.oid) from pg_type t "
+            "join pg_namespace n on n.oid = t.typnamespace where t.typname = 'vector'"
+        )
+    ).first()
+    return row[0] if row and not row[1] else ""
+
+
+async def revision(database: Database) -> str:
+    """The revision of a database. Raises SchemaTooOld where it is older than this release needs."""
+    try:
+        rows = await database.fetch_public(REVISION)
+    except psycopg.errors.UndefinedTable:
+        rows = []
+    if not rows or rows[0]["version_num"] < REQUIRED:
+        found = f"at revision {rows[0]['version_num']}" if rows else "empty"
+        raise SchemaTooOld(f"the database is {found}, this release needs {REQUIRED}: run `pgrecall migrate`")
+    return str(rows[0]["version_num"])
+
+
+async def preflight(database: Database) -> None:
+    """Raise Unsafe, naming the statement that mends it, where the service could reach another tenant's rows."""
+    (row,) = await database.fetch_public(PREFLIGHT)
+    if not row["member"]:
+        raise Unsafe(f"this login may not become {roles.APP}: run `pgrecall roles --apply` as an administrator")
+    if row["bypasses"]:
+        raise Unsafe(f"{roles.APP} bypasses row-level security: ALTER ROLE {roles.APP} NOSUPERUSER NOBYPASSRLS")
+    if row["owns"]:
+        raise Unsafe(f"{roles.APP} has the rights of the tables' owner: REVOKE that role FROM {roles.APP}")
+    if not row["secured"] or row["policies"] < 3:
+        raise Unsafe(
+            "row-level security is off on sources, documents or embedding_cache, or a policy is missing: "
+            "ALTER TABLE … ENABLE ROW LEVEL SECURITY, and restore the policies of migrations/versions/0001"
+        )

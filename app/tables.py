@@ -1,0 +1,298 @@
+"""The tables as SQLAlchemy sees them: what statements are built from and what `alembic check` compares migrations with.
+
+`sources` is one row per document, `documents` one row per embedded chunk; the migrations carry the COMMENTs, the views,
+the policies and the grants. Reads go through the tenant views, writes to the tables (docs/schema.md).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    cast,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
+from sqlalchemy.dialects.postgresql.base import ischema_names
+from sqlalchemy.types import Float, TypeEngine, UserDefinedType
+
+INDEXED_AS_VECTOR = 2_000
+"""Most dimensions pgvector's HNSW indexes as `vector`; above, up to 4,000, the index is half precision (pgvector README)."""
+
+
+class Vector(UserDefinedType[Any]):
+    """pgvector's `vector(n)`. Has no bind processor, so the driver's binary codec is the only encoder.
+
+    `dimensions` None stands for "as many as this database's model has", which only the database knows.
+    """
+
+    cache_ok = True
+
+    def __init__(self, dimensions: int | None = None) -> None:
+        self.dimensions = dimensions
+
+    def get_col_spec(self, **_: Any) -> str:
+        """The type's name in DDL."""
+        return "VECTOR" if self.dimensions is None else f"VECTOR({self.dimensions})"
+
+    class comparator_factory(TypeEngine.Comparator[Any]):  # noqa: N801  SQLAlchemy's name
+        """The operators of a vector column."""
+
+        def cosine_distance(self, other: Any) -> Any:
+            """1 - cosine similarity, in [0, 2]."""
+            return self.op("<=>", return_type=Float())(other)
+
+
+class HalfVector(Vector):
+    """pgvector's `halfvec(n)`: half precision."""
+
+    def get_col_spec(self, **_: Any) -> str:
+        """The type's name in DDL."""
+        return f"HALFVEC({self.dimensions})"
+
+
+_reflected: dict[str, Callable[..., Any]] = ischema_names  # type: ignore[assignment]  # SQLAlchemy types it narrower
+_reflected["vector"] = Vector
+_reflected["halfvec"] = HalfVector
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "fk": "%(table_name)s_%(referred_table_name)s_fkey",
+        "pk": "%(table_name)s_pkey",
+    }
+)
+
+
+def _key(name: str, comment: str) -> Column[str]:
+    # Collation C: keys compare by code point, the same on every platform and in every keyset page.
+    return Column(name, Text(collation="C"), nullable=False, comment=comment)
+
+
+def _moment(name: str, comment: str) -> Column[Any]:
+    return Column(name, DateTime(timezone=True), nullable=False, server_default=func.now(), comment=comment)
+
+
+embedding_models = Table(
+    "embedding_models",
+    metadata,
+    Column("name", Text, nullable=False, comment="Name of the model, as its maker writes it."),
+    Column("dimensions", Integer, nullable=False, comment="Length of each of its vectors."),
+    Column(
+        "state",
+        Text,
+        nullable=False,
+        server_default="active",
+        comment="active: searched. filling: being prepared. retired: no longer searched.",
+    ),
+    _moment("created_at", comment="When the model was recorded here."),
+    PrimaryKeyConstraint("name", "dimensions"),
+    CheckConstraint("state in ('active', 'filling', 'retired')", name="state"),
+    comment="The embedding models whose vectors this database holds. Exactly one is active.",
+)
+Index(
+    "embedding_models_active_idx",
+    embedding_models.c.state,
+    unique=True,
+    postgresql_where=text("state = 'active'"),
+)
+
+sources = Table(
+    "sources",
+    metadata,
+    _key(
+        "tenant_id", comment="Whose document this is. First in every key: the same id in two tenants is two documents."
+    ),
+    _key("id", comment="The document's id, chosen by the caller, unique within the tenant; 1 to 512 bytes."),
+    Column("title", Text, comment="The document's title, if it has one. Not embedded."),
+    Column("content", Text, nullable=False, comment="The whole text. Every chunk is an exact part of it."),
+    Column(
+        "content_sha256", LargeBinary, comment="SHA-256 of the text in UTF-8; null until the text has been chunked."
+    ),
+    Column("doc_type", Text, comment="A free label to filter by, such as faq or manual; null if none was given."),
+    Column(
+        "metadata",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="A JSON object of the caller's own keys to filter by.",
+    ),
+    _moment("created_at", comment="When the document came into being: as given by the caller, else when first stored."),
+    _moment("updated_at", comment="When this row last changed."),
+    Column(
+        "version", BigInteger, nullable=False, server_default="1", comment="Counts the changes, from 1. The API's ETag."
+    ),
+    Column(
+        "chunk_keys",
+        ARRAY(Text),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="The chunk_key of each chunk, in reading order. See the view document_chunks.",
+    ),
+    Column(
+        "start_offsets",
+        ARRAY(Integer),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="Where each chunk starts in content, in characters from 0, in the order of chunk_keys.",
+    ),
+    Column(
+        "state",
+        Text,
+        nullable=False,
+        server_default="pending",
+        comment="pending: text stored, chunks not yet. ready: searchable. failed: see error.",
+    ),
+    Column(
+        "attempts",
+        SmallInteger,
+        nullable=False,
+        server_default="0",
+        comment="How often embedding this version was tried without success.",
+    ),
+    Column(
+        "not_before", DateTime(timezone=True), comment="Not to be tried again before this moment; null for at once."
+    ),
+    Column("error", Text, comment="Why the last attempt failed."),
+    Column("chunker", Text, comment="How the text was cut: name of the rules, most tokens, overlap."),
+    Column(
+        "embedding_origin",
+        Text,
+        nullable=False,
+        server_default="pgrecall",
+        comment="pgrecall: embedded here. caller: the vector came with the document, which is one chunk.",
+    ),
+    Column("embedding_model", Text, comment="Name of the model whose space the vectors of this document belong to."),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    CheckConstraint("state in ('pending', 'ready', 'failed')", name="state"),
+    CheckConstraint("embedding_origin in ('pgrecall', 'caller')", name="embedding_origin"),
+    CheckConstraint("tenant_id ~ '^[A-Za-z0-9_.:-]{1,128}$'", name="tenant_id"),
+    CheckConstraint("octet_length(id) between 1 and 512", name="id"),
+    CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
+    comment="One row per document: its whole text, its metadata and its state.",
+)
+Index(
+    "sources_not_ready_idx",
+    sources.c.tenant_id,
+    sources.c.state,
+    sources.c.not_before,
+    postgresql_where=text("state <> 'ready'"),
+)
+
+documents = Table(
+    "documents",
+    metadata,
+    _key("tenant_id", comment="Whose chunk this is."),
+    _key("id", comment="The document it belongs to: sources.id."),
+    _key(
+        "chunk_key",
+        comment="Names the chunk within its document by a hash of its text, so that a chunk that did not change keeps its row when others do.",
+    ),
+    Column("doc_type", Text, comment="As in sources; repeated so that a filter needs no join."),
+    Column(
+        "metadata",
+        JSONB,
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="As in sources; repeated so that a filter needs no join.",
+    ),
+    _moment("created_at", comment="As in sources; repeated so that a filter needs no join."),
+    Column("content", Text, nullable=False, comment="The chunk's text."),
+    Column(
+        "embedding",
+        Vector(),
+        nullable=False,
+        comment="Its vector. Cosine similarity of two is 1 - (a <=> b), in [-1, 1].",
+    ),
+    Column(
+        "terms",
+        TSVECTOR,
+        Computed("chunk_terms(content)", persisted=True),
+        comment="Its words for full-text search: chunk_terms(content), kept by PostgreSQL.",
+    ),
+    PrimaryKeyConstraint("tenant_id", "id", "chunk_key"),
+    ForeignKeyConstraint(["tenant_id", "id"], ["sources.tenant_id", "sources.id"], ondelete="CASCADE"),
+    comment="One row per embedded chunk, always complete: text and vector. A short document has one row.",
+)
+Index("documents_tenant_id_idx", documents.c.tenant_id)
+Index("documents_doc_type_idx", documents.c.tenant_id, documents.c.doc_type)
+Index("documents_created_at_idx", documents.c.tenant_id, documents.c.created_at)
+Index(
+    "documents_metadata_idx",
+    documents.c.tenant_id,
+    documents.c.metadata,
+    postgresql_using="gin",
+    postgresql_ops={"metadata": "jsonb_path_ops"},
+)
+Index("documents_terms_idx", documents.c.tenant_id, documents.c.terms, postgresql_using="gin")
+
+EMBEDDING_INDEX = "documents_embedding_idx"
+"""The HNSW index. Whether it is over `vector` or half precision depends on this database's dimensions."""
+
+embedding_cache = Table(
+    "embedding_cache",
+    metadata,
+    _key("tenant_id", comment="Whose text it was; never shared between tenants."),
+    Column("model", Text, nullable=False, comment="Name of the model."),
+    Column("dimensions", Integer, nullable=False, comment="Length of the vector."),
+    Column("input_type", Text, nullable=False, comment="document or query: some models embed them differently."),
+    Column("content_sha256", LargeBinary, nullable=False, comment="SHA-256 of the text in UTF-8."),
+    Column("embedding", Vector(), nullable=False, comment="The vector."),
+    _moment("created_at", comment="When it was computed; the oldest go first."),
+    PrimaryKeyConstraint("tenant_id", "model", "dimensions", "input_type", "content_sha256"),
+    CheckConstraint("input_type in ('document', 'query')", name="input_type"),
+    comment="Vectors already computed, so that the same text is not paid for twice. May be emptied at any time.",
+)
+Index("embedding_cache_age_idx", embedding_cache.c.tenant_id, embedding_cache.c.created_at)
+
+analyst_tenants = Table(
+    "analyst_tenants",
+    metadata,
+    Column("analyst", Text, nullable=False, comment="Name of the login."),
+    Column("tenant_id", Text(collation="C"), nullable=False, comment="A tenant it may read, or * for all."),
+    PrimaryKeyConstraint("analyst", "tenant_id"),
+    comment="Which tenants' rows a login with the role pgrecall_analyst may read. Filled by the owner.",
+)
+
+views = MetaData()
+"""The tenant views: the only way the service reads. Their filter on the tenant cannot be forgotten."""
+
+tenant_sources = Table("tenant_sources", views, *(Column(c.name, c.type) for c in sources.columns))
+tenant_documents = Table("tenant_documents", views, *(Column(c.name, c.type) for c in documents.columns))
+
+
+def metadata_for(dimensions: int) -> MetaData:
+    """The tables of a database whose embeddings have this many dimensions, HNSW index included.
+
+    Above 2,000 dimensions the index is over `embedding::halfvec(n)`: pgvector indexes `vector` no further.
+    """
+    target = MetaData(naming_convention=metadata.naming_convention)
+    for table in metadata.sorted_tables:
+        table.to_metadata(target)
+    column = target.tables["documents"].c.embedding
+    column.type = Vector(dimensions)
+    half = dimensions > INDEXED_AS_VECTOR
+    Index(
+        EMBEDDING_INDEX,
+        cast(column, HalfVector(dimensions)).label("embedding") if half else column,
+        postgresql_using="hnsw",
+        postgresql_with={"m": "16", "ef_construction": "64"},
+        postgresql_ops={"embedding": "halfvec_cosine_ops" if half else "vector_cosine_ops"},
+    )
+    return target

@@ -1,0 +1,91 @@
+"""How Alembic reaches the database: with the settings of `pgrecall`, bounded waits and one migrator at a time."""
+
+import time
+
+from alembic import context
+from sqlalchemy import Connection, text
+
+from app import database, schema, settings, tables
+
+LOCK_TIMEOUT = "4s"  # a migration that cannot have its lock gives up rather than queue live traffic behind it
+STATEMENT_TIMEOUT = "60s"  # concurrent index builds set their own
+MIGRATOR_LOCK = 0x7067726563616C6C  # "pgrecall"
+WAIT_FOR_MIGRATOR = 900  # seconds
+
+
+def _configure(options: settings.Settings, connection: Connection | None) -> None:
+    model, dimensions = options.model, options.dimensions
+    prefix = ""
+    if connection is not None:
+        recorded = schema.recorded_model(connection)
+        model, dimensions = (recorded.name, recorded.dimensions) if recorded else (model, dimensions)
+        prefix = schema.vector_schema(connection)
+        connection.commit()
+    context.configure(
+        connection=connection,
+        dialect_name=None if connection else "postgresql",
+        target_metadata=tables.metadata_for(dimensions),
+        compare_type=True,
+        compare_server_default=False,
+        include_object=_ours,
+        transaction_per_migration=True,
+        literal_binds=connection is None,
+        embedding_model=model,
+        embedding_dimensions=dimensions,
+        vector_schema=prefix,
+    )
+
+
+def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared: object) -> bool:  # noqa: ARG001, FBT001  Alembic's signature
+    # What operations build at run time carries this prefix and is recorded by them, not by migrations.
+    return not (reflected and (name or "").startswith("pgrecall_run_"))
+
+
+def offline(options: settings.Settings) -> None:
+    """Print the SQL for a DBA to review."""
+    _configure(options, None)
+    with context.begin_transaction():
+        context.execute(f"set lock_timeout = '{LOCK_TIMEOUT}'")
+        context.execute(f"set statement_timeout = '{STATEMENT_TIMEOUT}'")
+        context.run_migrations()
+
+
+def online(connection: Connection, options: settings.Settings) -> None:
+    """Migrate, unless another migrator is at work: then wait for it and find nothing left to do."""
+    _wait_for_turn(connection)
+    try:
+        connection.execute(text(f"set lock_timeout = '{LOCK_TIMEOUT}'"))
+        connection.execute(text(f"set statement_timeout = '{STATEMENT_TIMEOUT}'"))
+        connection.commit()
+        _configure(options, connection)
+        with context.begin_transaction():
+            context.run_migrations()
+    finally:
+        connection.rollback()
+        connection.execute(text("select pg_advisory_unlock(:key)"), {"key": MIGRATOR_LOCK})
+        connection.commit()
+
+
+def _wait_for_turn(connection: Connection) -> None:
+    # A blocking pg_advisory_lock would deadlock with the other migrator's CREATE INDEX CONCURRENTLY.
+    deadline = time.monotonic() + WAIT_FOR_MIGRATOR
+    while not connection.execute(text("select pg_try_advisory_lock(:key)"), {"key": MIGRATOR_LOCK}).scalar():
+        connection.commit()
+        if time.monotonic() > deadline:
+            raise SystemExit(f"another migration has been running for {WAIT_FOR_MIGRATOR} s; look at pg_stat_activity")
+        time.sleep(0.25)
+    connection.commit()
+
+
+def run() -> None:
+    """Entry point: Alembic executes this file."""
+    options = context.config.attributes.get("settings") or settings.read()
+    if context.is_offline_mode():
+        offline(options)
+        return
+    with schema.migration_url(options) as url:
+        with database.sync_engine(url).connect() as connection:
+            online(connection, options)
+
+
+run()

@@ -1,0 +1,23 @@
+"""${message}
+
+Runs under: the release before it (expand first, contract in a later release). Locks: say which, and for how long.
+"""
+
+from alembic import op
+
+revision = "${up_revision}"
+down_revision = ${repr(down_revision)}
+branch_labels = ${repr(branch_labels)}
+depends_on = ${repr(depends_on)}
+
+# env.py sets lock_timeout and statement_timeout for every statement. An index on a table with rows is built
+# CONCURRENTLY inside `op.get_context().autocommit_block()`, with a statement_timeout of its own, after dropping an
+# invalid leftover; the downgrade drops it CONCURRENTLY.
+
+
+def upgrade() -> None:
+    ${upgrades if upgrades else "pass"}
+
+
+def downgrade() -> None:
+    ${downgrades if downgrades else "pass"}

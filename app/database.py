@@ -39,9 +39,21 @@ class Statement(NamedTuple):
     values: Mapping[str, Any]
 
 
-def rendered(statement: ClauseElement) -> str:
-    """The statement as psycopg takes it, with `%(name)s` for every value."""
-    return str(statement.compile(dialect=_dialect))
+class Rendered(NamedTuple):
+    """SQL text as psycopg takes it, `%(name)s` for every value, and the values that were fixed when it was built."""
+
+    sql: str
+    constants: Mapping[str, Any]
+
+    def with_values(self, name: str, values: Mapping[str, Any]) -> Statement:
+        """Ready to be run."""
+        return Statement(name, self.sql, {**self.constants, **values})
+
+
+def rendered(statement: ClauseElement) -> Rendered:
+    """The text of a SQLAlchemy statement; worth keeping, because making it takes longer than most searches."""
+    compiled = statement.compile(dialect=_dialect)
+    return Rendered(str(compiled), {name: value for name, value in compiled.params.items() if value is not None})
 
 
 def connect(url: str) -> psycopg.Connection[Any]:
@@ -140,7 +152,10 @@ async def _driver(pooled: AsyncConnection) -> psycopg.AsyncConnection[Any]:
 
 
 async def _pipelined(
-    connection: psycopg.AsyncConnection[Any], settings_sql: str, settings_values: list[str], statements: Sequence[Statement]
+    connection: psycopg.AsyncConnection[Any],
+    settings_sql: str,
+    settings_values: list[str],
+    statements: Sequence[Statement],
 ) -> list[list[dict[str, Any]]]:
     # BEGIN, role, tenant and limits, the statements and COMMIT leave in one packet (psycopg's pipeline mode).
     try:

@@ -4,14 +4,15 @@ from typing import NamedTuple
 
 from sqlalchemy import select
 
-from app.database import Database, Statement, rendered
+from app.database import Database, rendered
 from app.embedding import Embedder
 from app.errors import ModelMismatch
 from app.tables import embedding_models
 
-ACTIVE_SQL = rendered(
+ACTIVE = rendered(
     select(embedding_models.c.name, embedding_models.c.dimensions).where(embedding_models.c.state == "active")
 )
+"""The model whose vectors are searched."""
 
 
 class Model(NamedTuple):
@@ -23,7 +24,7 @@ class Model(NamedTuple):
 
 async def recorded(database: Database) -> Model:
     """The model this database's vectors are of."""
-    (row,) = await database.fetch_public(Statement("active model", ACTIVE_SQL, {"state_1": "active"}))
+    (row,) = await database.fetch_public(ACTIVE.with_values("active model", {}))
     return Model(**row)
 
 

@@ -161,6 +161,7 @@ COMMENTS = {
     "column embedding_models.dimensions": "Length of each of its vectors.",
     "column embedding_models.state": "active: searched. filling: being prepared. retired: no longer searched.",
     "column embedding_models.created_at": "When the model was recorded here.",
+    "index embedding_models_active_idx": "At most one model is active.",
     "table sources": "One row per document: its whole text, its metadata and its state.",
     "column sources.tenant_id": "Whose document this is. First in every key: the same id in two tenants is two documents.",
     "column sources.id": "The document's id, chosen by the caller, unique within the tenant; 1 to 512 bytes.",

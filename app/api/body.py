@@ -1,0 +1,66 @@
+"""Request bodies that come too slowly or are too large."""
+
+import asyncio
+
+from litestar.datastructures import Headers
+from litestar.enums import ScopeType
+from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
+from litestar.middleware import ASGIMiddleware
+from litestar.status_codes import HTTP_400_BAD_REQUEST, HTTP_408_REQUEST_TIMEOUT
+from litestar.types import ASGIApp, Receive, ReceiveMessage, Scope, Send
+
+from app.errors import TooLarge
+
+
+class BodyGuard(ASGIMiddleware):
+    """A body has to arrive whole within `seconds` (408) and within its route's `request_max_body_size` (413).
+
+    Litestar enforces that size too, by Content-Length and while it reads; it is counted here because its 413 does not
+    say what the limit is. The errors are raised where the body is read, so that the one error map answers them.
+    """
+
+    scopes = (ScopeType.HTTP,)
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
+        """Pass the request on with a guarded `receive`. Raises TooLarge when Content-Length is over the limit."""
+        handler = scope["route_handler"]
+        headers = Headers.from_scope(scope)
+        announced = headers.get("content-length", "0")
+        if not isinstance(handler, HTTPRouteHandler) or (announced == "0" and "transfer-encoding" not in headers):
+            await next_app(scope, receive, send)
+            return
+
+        limit = handler.resolve_request_max_body_size()
+        too_large = TooLarge("", f"the body is too large; allowed: at most {limit} bytes on this route")
+        if limit is not None and int(announced) > limit:
+            raise too_large
+        deadline = asyncio.get_running_loop().time() + self.seconds
+        size, whole = 0, False
+
+        async def guarded() -> ReceiveMessage:
+            nonlocal size, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    f"the body did not arrive whole within {self.seconds:g} seconds",
+                    status_code=HTTP_408_REQUEST_TIMEOUT,
+                    headers={"Connection": "close"},
+                ) from None
+            if message["type"] != "http.request":
+                # Litestar would make this a 500 and a client that hung up our error.
+                raise HTTPException("the body ended early", status_code=HTTP_400_BAD_REQUEST)
+            size += len(message["body"])
+            if limit is not None and size > limit:
+                raise too_large
+            whole = not message["more_body"]
+            return message
+
+        await next_app(scope, guarded, send)

@@ -1,0 +1,359 @@
+"""Documents over HTTP: put one or many, read, list, delete."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Response, delete, get, post, put
+from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import Body, Parameter
+from msgspec import Meta, Struct
+
+from app import documents, tenants
+from app.api.paths import document_id
+from app.api.search import After, Before, TenantId, conditions
+from app.api.service import Service
+from app.documents import Document, Outcome
+from app.drafts import MAX_ID_BYTES, Draft, check_text
+from app.errors import BadInput
+
+MAX_BATCH_BODY = 64_000_000
+MAX_PAGE = 1_000
+
+Content = Annotated[str, Meta(description="The text, up to 10 MB; up to 32 kB with an embedding of its own.")]
+Type = Annotated[str | None, Meta(description="A label to filter by, up to 128 bytes.")]
+Title = Annotated[str | None, Meta(description="Shown with the document; not embedded.")]
+Labels = Annotated[dict[str, Any], Meta(description="JSON to filter by: up to 64 kB, 8 levels deep.")]
+CreatedAt = Annotated[datetime | None, Meta(description="With time zone. Left out: now, or what it was.")]
+Embedding = Annotated[list[float] | None, Meta(description="A vector of the database's model; the text is then one chunk.")]
+IfMatch = Annotated[str | None, Parameter(header="If-Match", description='Write only over this version, e.g. "3".')]
+IdPath = Annotated[str, Parameter(description="The id, percent-encoded; slashes may stand as they are.")]
+TenantQuery = Annotated[str, Parameter(query="tenant_id", description="Whose document.")]
+
+
+class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One document. What is left out becomes empty; created_at stays."""
+
+    tenant_id: TenantId
+    content: Content
+    title: Title = None
+    doc_type: Type = None
+    metadata: Labels = {}
+    created_at: CreatedAt = None
+    embedding: Embedding = None
+
+
+class Item(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One document of a batch."""
+
+    id: str
+    content: Content
+    title: Title = None
+    doc_type: Type = None
+    metadata: Labels = {}
+    created_at: CreatedAt = None
+    embedding: Embedding = None
+
+
+class PutDocuments(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Up to 1,000 documents, written all or none."""
+
+    tenant_id: TenantId
+    documents: list[Item]
+
+
+class ChunkCounts(Struct):
+    """Chunks written anew, kept, and gone."""
+
+    embedded: int
+    reused: int
+    removed: int
+
+
+class Stored(Struct):
+    """What a put did to one document."""
+
+    id: str
+    status: Literal["created", "updated", "unchanged"]
+    version: int
+    chunks: ChunkCounts
+
+
+class StoredAll(Struct):
+    """What a batch did, in the order it was given."""
+
+    documents: list[Stored]
+
+
+class ChunkPlace(Struct):
+    """Where a chunk starts, in characters from 0."""
+
+    chunk_index: int
+    start_offset: int
+
+
+class DocumentSummary(Struct, kw_only=True):
+    """A document without its text."""
+
+    id: str
+    tenant_id: str
+    title: str | None
+    doc_type: str | None
+    metadata: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+    version: int
+    state: Literal["pending", "ready", "failed"]
+    error: str | None
+    embedding_origin: Literal["pgrecall", "caller"]
+    embedding_model: str | None
+    chunk_count: int
+
+
+class DocumentWhole(DocumentSummary, kw_only=True):
+    """A document with its text and where its chunks start."""
+
+    content: str
+    chunks: list[ChunkPlace]
+
+
+class DocumentPage(Struct):
+    """Documents in the order of their ids. `next` is the `after` of the next page, null on the last."""
+
+    documents: list[DocumentSummary]
+    next: str | None
+
+
+class Deleted(Struct):
+    """How many documents were deleted."""
+
+    deleted: int
+
+
+_MOMENT = datetime.fromisoformat("2026-01-31T12:00:00+00:00")
+_PUT = PutDocument(
+    tenant_id="acme",
+    content="To reset your password, open Settings and choose Security.",
+    doc_type="faq",
+    metadata={"lang": "en"},
+)
+_STORED = Stored("faq/password", "created", 1, ChunkCounts(1, 0, 0))
+_SUMMARY: dict[str, Any] = {
+    "id": "faq/password",
+    "tenant_id": "acme",
+    "title": None,
+    "doc_type": "faq",
+    "metadata": {"lang": "en"},
+    "created_at": _MOMENT,
+    "updated_at": _MOMENT,
+    "version": 1,
+    "state": "ready",
+    "error": None,
+    "embedding_origin": "pgrecall",
+    "embedding_model": "all-MiniLM-L6-v2-int8",
+    "chunk_count": 1,
+}
+_WHOLE = DocumentWhole(**_SUMMARY, content=_PUT.content, chunks=[ChunkPlace(0, 0)])
+
+
+def _version(if_match: str | None) -> int | None:
+    if if_match is None:
+        return None
+    text = if_match.strip().removeprefix("W/").strip('"')
+    if text == "*" or not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise BadInput("If-Match", f'{if_match[:40]!r} is not allowed; allowed: one version such as "3"')
+    return int(text)
+
+
+def _stored(outcome: Outcome) -> Stored:
+    counts = ChunkCounts(outcome.embedded, outcome.reused, outcome.removed)
+    return Stored(outcome.id, outcome.status, outcome.version, counts)
+
+
+def _summary(tenant_id: str, document: Document) -> dict[str, Any]:
+    return {
+        "tenant_id": tenant_id,
+        "chunk_count": len(document.start_offsets),
+        **{name: getattr(document, name) for name in Document._fields if name not in {"content", "start_offsets"}},
+    }
+
+
+async def _put(service: Service, tenant_id: str, drafts: Sequence[Draft], if_version: int | None = None) -> list[Outcome]:
+    tenants.check(tenant_id)
+    return await documents.put(
+        service.database,
+        service.embedder,
+        service.settings,
+        tenant_id,
+        drafts,
+        if_version=if_version,
+        token_limit=service.settings.request_tokens,
+    )
+
+
+@put(
+    "/documents/{encoded_id:str}",
+    operation_id="put_document",
+    summary="Store one document",
+    tags=["documents"],
+    responses={
+        200: ResponseSpec(Stored, description="Updated or unchanged", examples=[Example("stored", value=_STORED)]),
+        201: ResponseSpec(Stored, description="Created", examples=[Example("created", value=_STORED)]),
+    },
+)
+async def put_document(
+    service: NamedDependency[Service],
+    encoded_id: IdPath,
+    data: Annotated[PutDocument, Body(examples=[Example("a document", value=_PUT)])],
+    if_match: IfMatch = None,
+) -> Response[Stored]:
+    """Cut, embed and store. The same document again writes nothing; unchanged chunks keep their rows."""
+    fields = msgspec.structs.asdict(data)
+    tenant_id = fields.pop("tenant_id")
+    (outcome,) = await _put(service, tenant_id, [Draft(id=document_id(encoded_id), **fields)], _version(if_match))
+    status = 201 if outcome.status == "created" else 200
+    return Response(_stored(outcome), status_code=status, headers={"ETag": f'"{outcome.version}"'})
+
+
+@post(
+    "/documents",
+    operation_id="put_documents",
+    summary="Store up to 1,000 documents, all or none",
+    tags=["documents"],
+    status_code=200,
+    request_max_body_size=MAX_BATCH_BODY,
+    responses={
+        200: ResponseSpec(StoredAll, description="Stored", examples=[Example("stored", value=StoredAll([_STORED]))])
+    },
+)
+async def put_documents(
+    service: NamedDependency[Service],
+    data: Annotated[
+        PutDocuments,
+        Body(
+            examples=[
+                Example(
+                    "two documents",
+                    value=PutDocuments(
+                        tenant_id="acme",
+                        documents=[Item(id="faq/password", content=_PUT.content), Item(id="faq/2fa", content="Use a key.")],
+                    ),
+                )
+            ]
+        ),
+    ],
+) -> StoredAll:
+    """The item at fault is named, `documents[3].content`, and then none is written."""
+    drafts = [Draft(**msgspec.structs.asdict(item)) for item in data.documents]
+    return StoredAll([_stored(outcome) for outcome in await _put(service, data.tenant_id, drafts)])
+
+
+@get(
+    "/documents/{encoded_id:str}",
+    operation_id="get_document",
+    summary="Read one document whole",
+    tags=["documents"],
+    responses={200: ResponseSpec(DocumentWhole, description="The document", examples=[Example("read", value=_WHOLE)])},
+)
+async def get_document(
+    service: NamedDependency[Service], encoded_id: IdPath, tenant_id: TenantQuery
+) -> Response[DocumentWhole]:
+    """The text exactly as it was put, with the places of its chunks."""
+    document = await documents.get(service.database, tenants.check(tenant_id), document_id(encoded_id))
+    whole = DocumentWhole(
+        **_summary(tenant_id, document),
+        content=document.content or "",
+        chunks=[ChunkPlace(index, start) for index, start in enumerate(document.start_offsets)],
+    )
+    return Response(whole, headers={"ETag": f'"{document.version}"'})
+
+
+MetadataQuery = Annotated[
+    str | None, Parameter(query="metadata", description='Conditions as in search, as JSON: {"lang": "en"}')
+]
+DocTypeQuery = Annotated[list[str] | None, Parameter(query="doc_type", description="One of these types.")]
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        raise BadInput("metadata", 'is not a JSON object; allowed: conditions such as {"lang": "en"}') from None
+
+
+@get(
+    "/documents",
+    operation_id="list_documents",
+    summary="List documents by id",
+    tags=["documents"],
+    responses={
+        200: ResponseSpec(
+            DocumentPage,
+            description="A page",
+            examples=[Example("the last page", value=DocumentPage([DocumentSummary(**_SUMMARY)], None))],
+        )
+    },
+)
+async def list_documents(
+    service: NamedDependency[Service],
+    tenant_id: TenantQuery,
+    limit: Annotated[int, Parameter(ge=1, le=MAX_PAGE, description="Documents a page.")] = 100,
+    after: Annotated[str | None, Parameter(description="`next` of the page before.")] = None,
+    doc_type: DocTypeQuery = None,
+    metadata: MetadataQuery = None,
+    created_after: After = None,
+    created_before: Before = None,
+) -> DocumentPage:
+    """A keyset page: documents written meanwhile neither shift nor repeat the others."""
+    tenants.check(tenant_id)
+    if after is not None:
+        check_text("after", after, 0, MAX_ID_BYTES)
+    narrowed = conditions(doc_type, _metadata(metadata), created_after, created_before)
+    found = await documents.page(service.database, tenant_id, narrowed, limit=limit + 1, after=after)
+    page = found[:limit]
+    return DocumentPage(
+        [DocumentSummary(**_summary(tenant_id, document)) for document in page],
+        page[-1].id if len(found) > limit else None,
+    )
+
+
+@delete(
+    "/documents/{encoded_id:str}",
+    operation_id="delete_document",
+    summary="Delete one document",
+    tags=["documents"],
+    status_code=204,
+)
+async def delete_document(
+    service: NamedDependency[Service], encoded_id: IdPath, tenant_id: TenantQuery, if_match: IfMatch = None
+) -> None:
+    """Text, chunks and vectors go in one transaction."""
+    await documents.remove(
+        service.database, tenants.check(tenant_id), document_id(encoded_id), if_version=_version(if_match)
+    )
+
+
+@delete(
+    "/documents",
+    operation_id="delete_documents",
+    summary="Delete the documents that match a filter",
+    tags=["documents"],
+    status_code=200,
+    responses={200: ResponseSpec(Deleted, description="Deleted", examples=[Example("deleted", value=Deleted(12))])},
+)
+async def delete_documents(
+    service: NamedDependency[Service],
+    tenant_id: TenantQuery,
+    doc_type: DocTypeQuery = None,
+    metadata: MetadataQuery = None,
+    created_after: After = None,
+    created_before: Before = None,
+) -> Deleted:
+    """At least one filter is required. All that match go in one transaction."""
+    narrowed = conditions(doc_type, _metadata(metadata), created_after, created_before)
+    return Deleted(await documents.remove_matching(service.database, tenants.check(tenant_id), narrowed))

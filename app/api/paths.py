@@ -1,0 +1,37 @@
+"""Document ids in paths: any text, slashes included, on every route."""
+
+from urllib.parse import quote, unquote_to_bytes
+
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from app.errors import BadInput
+
+PREFIX = b"/documents/"
+
+
+class RawIds:
+    """ASGI middleware: gives the router an id as one path segment, percent-encoded.
+
+    Servers decode a path before routing, after which `a%2Fb`, `a/b` and `a//b` cannot be told apart and a router
+    normalises slashes away. Everything after `/documents/`, as the client sent it, is the id.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Rewrite `path` where it names a document."""
+        if scope["type"] == "http":
+            raw = scope.get("raw_path", b"").partition(b"?")[0]
+            if raw.startswith(PREFIX) and len(raw) > len(PREFIX):
+                encoded = quote(unquote_to_bytes(raw[len(PREFIX) :]), safe="")
+                scope["path"] = PREFIX.decode() + encoded.replace(".", "%2E")
+        await self._app(scope, receive, send)
+
+
+def document_id(segment: str) -> str:
+    """The id a path segment stands for. Raises BadInput unless it is UTF-8."""
+    try:
+        return unquote_to_bytes(segment).decode()
+    except UnicodeDecodeError:
+        raise BadInput("id", "is not UTF-8; allowed: percent-encoded UTF-8 of 1 to 512 bytes") from None

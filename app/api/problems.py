@@ -1,0 +1,93 @@
+"""Every error as an RFC 9457 problem, mapped once; no driver's or upstream's text gets out."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from litestar.exceptions import HTTPException
+from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
+
+from app import errors
+
+log = logging.getLogger(__name__)
+
+STATUS: Mapping[type[errors.PgrecallError], HTTPStatus] = {
+    errors.BadInput: HTTPStatus.BAD_REQUEST,
+    errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.NotFound: HTTPStatus.NOT_FOUND,
+    errors.VersionConflict: HTTPStatus.PRECONDITION_FAILED,
+    errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.TimedOut: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.UpstreamFailed: HTTPStatus.BAD_GATEWAY,
+    errors.SetupError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.PgrecallError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+"""The nearest entry in an error's ancestry decides."""
+
+
+def _type(name: str) -> str:
+    return "urn:pgrecall:problem:" + "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+
+
+def _ours(error: errors.PgrecallError) -> ProblemDetailsException:
+    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    extra: dict[str, Any] = {}
+    if isinstance(error, errors.BadInput) and error.field:
+        extra["field"] = error.field
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.Unavailable) else None
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.warning("%s: %s", type(error).__name__, error, exc_info=error.__cause__)
+    return ProblemDetailsException(
+        status_code=status,
+        type_=_type(type(error).__name__),
+        title=(type(error).__doc__ or "").split("\n", 1)[0].rstrip("."),
+        detail=str(error),
+        headers=headers,
+        extra=extra or None,
+    )
+
+
+def _frameworks(error: HTTPException) -> ProblemDetailsException:
+    if isinstance(error, ProblemDetailsException):
+        return error
+    status = HTTPStatus(error.status_code)
+    detail, extra = error.detail, {}
+    found = error.extra if isinstance(error.extra, list) else []
+    faults = [
+        {"field": fault.get("key", ""), "fault": fault["message"]}
+        for fault in found
+        if isinstance(fault, dict) and "message" in fault
+    ]
+    if faults:
+        detail = "; ".join(f"{fault['field']}: {fault['fault']}" if fault["field"] else fault["fault"] for fault in faults)
+        extra = {"field": faults[0]["field"], "faults": faults}
+    return ProblemDetailsException(
+        status_code=status,
+        type_=_type(status.phrase.title().replace(" ", "").replace("-", "")),
+        title=status.phrase,
+        detail=detail,
+        headers=error.headers,
+        extra=extra or None,
+    )
+
+
+def _unexpected(error: Exception) -> ProblemDetailsException:
+    log.error("unexpected error", exc_info=error)
+    return ProblemDetailsException(
+        status_code=HTTPStatus.INTERNAL_SERVER_ERROR,
+        type_=_type("InternalServerError"),
+        title=HTTPStatus.INTERNAL_SERVER_ERROR.phrase,
+        detail="something unexpected went wrong; the log has it under this request's X-Request-ID",
+    )
+
+
+plugin = ProblemDetailsPlugin(
+    ProblemDetailsConfig(
+        exception_to_problem_detail_map={
+            errors.PgrecallError: _ours,
+            HTTPException: _frameworks,
+            Exception: _unexpected,
+        }
+    )
+)

@@ -1,0 +1,138 @@
+"""`POST /search`: the chunks most similar to a question or a vector."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from litestar import post
+from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import Body
+from msgspec import Meta, Struct
+
+from app import filters, search, tenants
+from app.api.service import Service
+from app.drafts import check_text, check_vector
+from app.errors import BadInput
+from app.search import Conditions, Hit, Scan
+
+MAX_QUERY_BYTES = 32_000
+
+TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
+TopK = Annotated[int, Meta(ge=1, le=search.MAX_TOP_K, description="At most this many chunks.")]
+Threshold = Annotated[float, Meta(ge=-1, le=1, description="Least cosine similarity, in [-1, 1].")]
+DocType = Annotated[str | list[str] | None, Meta(description="This type, or one of these; an empty list matches nothing.")]
+Metadata = Annotated[
+    dict[str, Any],
+    Meta(description="Conditions on metadata: equality, $in, $ne, $gt, $gte, $lt, $lte, $exists, $and, $or, $not."),
+]
+After = Annotated[datetime | None, Meta(description="created_at at or after this moment (with time zone).")]
+Before = Annotated[datetime | None, Meta(description="created_at before this moment (with time zone).")]
+
+
+class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What to search for: `query` (embedded here) or `embedding` (a vector of the database's model)."""
+
+    tenant_id: TenantId
+    query: str | None = None
+    embedding: list[float] | None = None
+    top_k: TopK = 10
+    threshold: Threshold | None = None
+    doc_type: DocType = None
+    metadata: Metadata = {}
+    created_after: After = None
+    created_before: Before = None
+
+
+class SearchResponse(Struct):
+    """Chunks, most similar first; ties by id, then by place. `scan` says how they were found."""
+
+    results: list[Hit]
+    count: int
+    scan: Scan
+
+
+def conditions(
+    doc_type: str | list[str] | None,
+    metadata: dict[str, Any],
+    created_after: datetime | None,
+    created_before: datetime | None,
+) -> Conditions:
+    """The filters of a request. Raises BadInput naming the field at fault."""
+    types = [doc_type] if isinstance(doc_type, str) else doc_type
+    for index, each in enumerate(types or ()):
+        check_text("doc_type" if isinstance(doc_type, str) else f"doc_type[{index}]", each, 0, MAX_QUERY_BYTES)
+    for name, moment in (("created_after", created_after), ("created_before", created_before)):
+        if moment is not None and moment.tzinfo is None:
+            raise BadInput(name, "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
+    return Conditions(
+        doc_types=None if types is None else tuple(types),
+        metadata=filters.parse(metadata),
+        created_after=created_after,
+        created_before=created_before,
+    )
+
+
+async def embedded(service: Service, text: str, field: str) -> npt.NDArray[np.float32]:
+    """The vector of a question, shape (dimensions,). Raises BadInput for a text that cannot be one."""
+    check_text(field, text, 1, MAX_QUERY_BYTES)
+    if not text.strip():
+        raise BadInput(field, "is white space only; allowed: a text")
+    (vector,) = await service.embedder.embed([text], "query")
+    return vector
+
+
+EXAMPLE = SearchRequest(
+    tenant_id="acme", query="How do I reset my password?", top_k=3, doc_type="faq", metadata={"lang": "en"}
+)
+FOUND = SearchResponse(
+    results=[
+        Hit(
+            id="faq/password",
+            chunk_index=0,
+            content="To reset your password, open Settings and choose Security.",
+            similarity=0.7421,
+            doc_type="faq",
+            metadata={"lang": "en"},
+            created_at=datetime.fromisoformat("2026-01-31T12:00:00+00:00"),
+            start_offset=0,
+        )
+    ],
+    count=1,
+    scan=Scan("exact"),
+)
+
+
+@post(
+    "/search",
+    operation_id="search",
+    summary="Find the most similar chunks",
+    tags=["search"],
+    status_code=200,
+    responses={200: ResponseSpec(SearchResponse, description="Found", examples=[Example("found", value=FOUND)])},
+)
+async def search_chunks(
+    service: NamedDependency[Service],
+    data: Annotated[SearchRequest, Body(examples=[Example("a question with filters", value=EXAMPLE)])],
+) -> SearchResponse:
+    """min(top_k, matching) chunks of the tenant, never fewer; `scan` says whether an index was walked."""
+    tenants.check(data.tenant_id)
+    narrowed = conditions(data.doc_type, data.metadata, data.created_after, data.created_before)
+    if (data.query is None) == (data.embedding is None):
+        raise BadInput("query", "give either query or embedding, not both and not neither")
+    if data.embedding is not None:
+        vector = check_vector(data.embedding, service.embedder.dimensions)
+    else:
+        vector = await embedded(service, data.query or "", "query")
+    found = await search.search(
+        service.database,
+        service.settings,
+        data.tenant_id,
+        vector,
+        top_k=data.top_k,
+        threshold=data.threshold,
+        conditions=narrowed,
+    )
+    return SearchResponse(found.hits, len(found.hits), found.scan)

@@ -1,0 +1,35 @@
+"""What every handler works with, opened in the lifespan and given to handlers as `service`."""
+
+from dataclasses import dataclass, field
+
+from app import model, schema
+from app.chat import ChatModel
+from app.database import Database
+from app.embedding import Embedder
+from app.schema import Readiness
+from app.settings import Settings
+
+
+@dataclass
+class Service:
+    """The opened parts. Until `check` has passed once, no route but health is served."""
+
+    settings: Settings
+    database: Database
+    embedder: Embedder
+    chat: ChatModel | None
+    _passed: bool = field(default=False, init=False)
+
+    async def check(self) -> Readiness:
+        """Look at the database. Raises SchemaTooOld, ModelMismatch, Unsafe or DatabaseUnavailable."""
+        revision = await schema.revision(self.database)
+        recorded = await model.recorded(self.database)
+        model.check(recorded, self.embedder)
+        await schema.preflight(self.database)
+        self._passed = True
+        return Readiness(revision, recorded)
+
+    async def require_ready(self) -> None:
+        """Pass at once when the check has passed before; otherwise check now."""
+        if not self._passed:
+            await self.check()

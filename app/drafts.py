@@ -1,0 +1,97 @@
+"""A document as a caller wants it stored, and the limits it must keep (DESIGN §1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import BadInput, TooLarge
+
+MAX_TEXT_BYTES = 10_000_000
+MAX_OWN_TEXT_BYTES = 32_000
+MAX_METADATA_BYTES = 64_000
+MAX_METADATA_DEPTH = 8
+MAX_DOC_TYPE_BYTES = 128
+MAX_TITLE_BYTES = 1_000
+MAX_ID_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A document as a caller wants it stored. `embedding` of its own makes it one chunk. Omitted means empty."""
+
+    id: str
+    content: str
+    title: str | None = None
+    doc_type: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    created_at: datetime | None = None
+    embedding: Sequence[float] | npt.NDArray[np.float32] | None = None
+
+
+def check(draft: Draft) -> None:
+    """Raise BadInput, naming the field, unless the draft is within the limits."""
+    check_text("id", draft.id, 1, MAX_ID_BYTES)
+    check_text("content", draft.content, 1, MAX_TEXT_BYTES if draft.embedding is None else MAX_OWN_TEXT_BYTES)
+    if not draft.content.strip():
+        raise BadInput("content", "is empty or white space only; allowed: a text with something to find")
+    if draft.doc_type is not None:
+        check_text("doc_type", draft.doc_type, 1, MAX_DOC_TYPE_BYTES)
+    if draft.title is not None:
+        check_text("title", draft.title, 1, MAX_TITLE_BYTES)
+    _check_json("metadata", draft.metadata, 1)
+    size = len(msgspec.json.encode(draft.metadata))
+    if size > MAX_METADATA_BYTES:
+        raise TooLarge("metadata", f"is {size:,} bytes as JSON; allowed: {MAX_METADATA_BYTES:,}")
+    if draft.created_at is not None and draft.created_at.tzinfo is None:
+        raise BadInput("created_at", "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
+
+
+def check_text(name: str, text: str, least: int, most: int) -> None:
+    """Raise BadInput unless the text is `least` to `most` bytes of valid Unicode without NUL."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BadInput(name, f"has a lone surrogate at character {error.start}; allowed: valid Unicode") from None
+    if size > most:
+        raise TooLarge(name, f"is {size:,} bytes; allowed: {least} to {most:,} bytes in UTF-8")
+    if size < least:
+        raise BadInput(name, f"is empty; allowed: {least} to {most:,} bytes in UTF-8")
+    if "\0" in text:
+        raise BadInput(name, f"has a NUL at character {text.index(chr(0))}; PostgreSQL cannot store NUL")
+
+
+def _check_json(path: str, value: Any, depth: int) -> None:
+    if depth > MAX_METADATA_DEPTH + 1 or (depth > MAX_METADATA_DEPTH and isinstance(value, (dict, list))):
+        raise BadInput("metadata", f"is nested too deeply at {path}; allowed: {MAX_METADATA_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_text(f"{path}.{key[:40]}" if key.isprintable() else path, key, 0, MAX_METADATA_BYTES)
+            _check_json(f"{path}.{key[:40]}", inner, depth + 1)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_json(f"{path}[{index}]", inner, depth + 1)
+    elif isinstance(value, str):
+        check_text(path, value, 0, MAX_METADATA_BYTES)
+    elif isinstance(value, float) and not np.isfinite(value):
+        raise BadInput(path, f"is {value}; allowed: finite numbers")
+
+
+def check_vector(
+    embedding: Sequence[float] | npt.NDArray[np.float32], dimensions: int, name: str = "embedding"
+) -> npt.NDArray[np.float32]:
+    """The vector as float32, shape (dimensions,). Raises BadInput for another length, NaN, infinity or zero length."""
+    with np.errstate(over="ignore"):
+        vector = np.asarray(embedding, dtype=np.float32)
+    if vector.shape != (dimensions,):
+        raise BadInput(name, f"has {vector.size} dimensions; allowed: {dimensions}, as this database's model")
+    if not np.isfinite(vector).all():
+        at = int(np.flatnonzero(~np.isfinite(vector))[0])
+        raise BadInput(f"{name}[{at}]", "is not a finite single-precision number")
+    if not vector.any():
+        raise BadInput(name, "is zero, which has no direction; allowed: any other vector")
+    return vector

@@ -1,0 +1,112 @@
+"""One line per log record on stderr, with the id of the request it belongs to; secrets blotted out."""
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextvars import ContextVar
+from urllib.parse import unquote, urlsplit
+
+from litestar.datastructures import MutableScopeHeaders
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from msgspec import structs
+
+from app.settings import SECRET, Settings
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""Id of the request being answered, `-` outside of one."""
+
+BLOT = "********"
+CHATTY = ("httpx", "httpcore", "openai", "uvicorn", "alembic")
+"""Libraries whose info records repeat what we say ourselves."""
+
+_ACCEPTED = re.compile(r"[\x21-\x7e]{1,128}")
+_PLAIN = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
+
+
+def set_up(settings: Settings) -> None:
+    """Log to stderr at the level of the settings; what was set up before is replaced."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines(secrets(settings)))
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
+
+
+def secrets(settings: Settings) -> frozenset[str]:
+    """The values that must not be seen: keys, and the passwords inside URLs as written and as meant."""
+    return frozenset(_secrets(settings)) - {""}
+
+
+def _secrets(settings: Settings) -> Iterator[str]:
+    for name, value in structs.asdict(settings).items():
+        if name in SECRET and value:
+            yield value
+        elif "url" in name and value:
+            password = urlsplit(value).password or ""
+            yield from (password, unquote(password))
+
+
+class Lines(logging.Formatter):
+    """`time=… level=… logger=… request_id=… message=…` and, for an exception, `trace=…`.
+
+    A value that is not plain stands as a JSON string in ASCII: a record is one line whatever it says.
+    """
+
+    def __init__(self, secrets: frozenset[str]) -> None:
+        super().__init__()
+        # Longest first: a secret that holds another one must go as a whole.
+        self._secrets = sorted(secrets, key=len, reverse=True)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as one line."""
+        message = record.getMessage()
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        for secret in self._secrets:
+            message, trace = message.replace(secret, BLOT), trace.replace(secret, BLOT)
+        fields = {
+            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "request_id": request_id.get(),
+            "message": message,
+        }
+        if trace:
+            fields["trace"] = trace
+        return " ".join(
+            f"{name}={value if _PLAIN.fullmatch(value) else json.dumps(value)}" for name, value in fields.items()
+        )
+
+
+class RequestId:
+    """ASGI middleware: the caller's X-Request-ID, or one made here, in every log line and in the response.
+
+    Accepted are 1 to 128 visible ASCII characters. Has to stand around the router, not in Litestar's own middleware,
+    which a request for a route that does not exist never reaches.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request under its id."""
+        if scope["type"] != ScopeType.HTTP:
+            await self._app(scope, receive, send)
+            return
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        known = given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableScopeHeaders.from_message(message)["X-Request-ID"] = known
+            await send(message)
+
+        token = request_id.set(known)
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            request_id.reset(token)

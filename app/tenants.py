@@ -1,0 +1,16 @@
+"""Tenants: who a document belongs to. They come into being by use; keys for them arrive with step 5."""
+
+import re
+
+from app.errors import BadInput
+
+_ALLOWED = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+def check(tenant_id: str, field: str = "tenant_id") -> str:
+    """The tenant's name as it is. Raises BadInput unless it is 1 to 128 letters, digits, `_`, `.`, `:` or `-`."""
+    if not _ALLOWED.fullmatch(tenant_id):
+        raise BadInput(
+            field, f"{tenant_id[:140]!r} is not allowed; allowed: 1 to 128 letters, digits, '_', '.', ':' or '-'"
+        )
+    return tenant_id

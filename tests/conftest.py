@@ -1,0 +1,174 @@
+"""A real PostgreSQL for every test: the embedded one, a container or a URL, migrated once and cloned per test.
+
+PGRECALL_TEST_POSTGRES: `embedded` (default), `container`, or the URL of a superuser.
+"""
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+from msgspec.structs import replace
+from psycopg import sql
+
+for _name in [name for name in os.environ if name.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))]:
+    if _name != "PGRECALL_TEST_POSTGRES":
+        del os.environ[_name]
+
+from app import embedded, local, schema
+from app.database import Database
+from app.embedding import Embedder, open_embedder
+from app.settings import Settings
+from tests.openai_server import OpenAIServer
+
+DIMENSIONS = 64
+"""Short vectors keep tests quick; tests about other lengths make a database of their own."""
+
+
+@pytest.fixture
+def openai() -> Iterator[OpenAIServer]:
+    """An OpenAI-protocol server: records its calls, fails on demand."""
+    with OpenAIServer() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A PostgreSQL server: `admin` is a superuser's URL."""
+
+    admin: str
+
+    def url(self, database: str, user: str | None = None) -> str:
+        """The same server, another database or login. Logins made by the tests share the superuser's password."""
+        parts = urlsplit(self.admin)
+        netloc = parts.netloc
+        if user is not None:
+            _, _, password = netloc.rpartition("@")[0].partition(":")
+            netloc = f"{user}{':' + password if password else ''}@{netloc.rpartition('@')[2]}"
+        return urlunsplit(parts._replace(netloc=netloc, path=f"/{database}"))
+
+
+def _passwords(cluster: Cluster) -> None:
+    password = urlsplit(cluster.admin).password
+    if password is None:
+        return
+    with psycopg.connect(cluster.admin, autocommit=True) as connection:
+        for login in (local.OWNER, local.SERVICE, local.ANALYST):
+            connection.execute(
+                sql.SQL("alter role {} password {}").format(sql.Identifier(login), sql.Literal(password))
+            )
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The server all tests and all xdist workers share."""
+    kind = os.environ.get("PGRECALL_TEST_POSTGRES", "embedded")
+    if kind == "embedded":
+        base = tmp_path_factory.getbasetemp()
+        shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+        with contextlib.closing(embedded.start(shared / "pg", durable=False)) as server:
+            yield Cluster(server.url())
+    elif kind == "container":
+        from testcontainers.postgres import PostgresContainer  # noqa: PLC0415  only this mode needs Docker
+
+        with PostgresContainer("pgvector/pgvector:pg18", driver=None) as container:
+            yield Cluster(container.get_connection_url())
+    else:
+        yield Cluster(kind)
+
+
+def settings_for(url: str | None, openai_url: str, **changes: object) -> Settings:
+    """Settings of a service on `url` with an OpenAI-protocol server behind it."""
+    values: dict[str, object] = {
+        "database_url": url,
+        "openai_api_key": "sk-test",
+        "openai_base_url": openai_url,
+        "embedding_model": "text-embedding-3-small",
+        "embedding_dimensions": DIMENSIONS,
+        "embedding_timeout": 5.0,
+        "pool_size": 4,
+    }
+    return Settings(**(values | changes))  # type: ignore[arg-type]
+
+
+def migrated(cluster: Cluster, name: str, settings: Settings) -> str:
+    """A database made and migrated once in the cluster, whoever of several processes comes first."""
+    local.bootstrap(cluster.admin, name)
+    _passwords(cluster)
+    schema.migrate(replace(settings, migration_url=cluster.url(name, local.OWNER)))
+    return name
+
+
+@pytest.fixture(scope="session")
+def template(cluster: Cluster) -> str:
+    """A migrated, empty database to clone."""
+    return migrated(cluster, f"template_{DIMENSIONS}", settings_for(None, "http://127.0.0.1:9/v1"))
+
+
+@contextlib.contextmanager
+def cloned(cluster: Cluster, template: str) -> Iterator[str]:
+    """A database of its own, gone afterwards. Its name."""
+    name = f"test_{secrets.token_hex(6)}"
+    statement = sql.SQL("create database {} template {} owner {}").format(
+        sql.Identifier(name), sql.Identifier(template), sql.Identifier(local.OWNER)
+    )
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        for _ in range(200):
+            try:
+                admin.execute(statement)
+                break
+            except psycopg.errors.ObjectInUse:  # another worker is cloning or migrating it
+                time.sleep(0.05)
+        yield name
+        admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def database_name(cluster: Cluster, template: str) -> Iterator[str]:
+    with cloned(cluster, template) as name:
+        yield name
+
+
+@pytest.fixture
+def owner_url(cluster: Cluster, database_name: str) -> str:
+    """The clone as its owner: sees every tenant."""
+    return cluster.url(database_name, local.OWNER)
+
+
+@pytest.fixture
+def settings(cluster: Cluster, database_name: str, openai: OpenAIServer) -> Settings:
+    """Settings of the service on the clone, as its login."""
+    return settings_for(cluster.url(database_name, local.SERVICE), openai.url)
+
+
+@pytest.fixture
+def owner(owner_url: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """A connection as the owner, for looking at what was really stored."""
+    with psycopg.connect(owner_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    opened = Database(settings, settings.database_url or "")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def embedder(settings: Settings) -> AsyncIterator[Embedder]:
+    opened = open_embedder(settings)
+    yield opened
+    await opened.aclose()
+
+
+@pytest.fixture
+def root() -> Path:
+    """The checkout."""
+    return Path(__file__).resolve().parent.parent

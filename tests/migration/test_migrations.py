@@ -1,0 +1,230 @@
+"""Migrations: up, down and up again, with SQL for a DBA, two at once, without rights, and against the models."""
+
+import io
+import subprocess
+import sys
+import threading
+from contextlib import redirect_stdout
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from msgspec.structs import replace
+from psycopg import sql
+from sqlalchemy import Column, Text
+
+from app import local, schema, tables
+from app.errors import SetupError
+from tests.conftest import cloned, settings_for
+
+
+@pytest.fixture
+def empty(cluster):
+    """A database with roles and extensions and nothing else; its name."""
+    import secrets
+
+    name = f"test_{secrets.token_hex(6)}"
+    local.bootstrap(cluster.admin, name)
+    from tests.conftest import _passwords
+
+    _passwords(cluster)
+    yield name
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def settings(cluster, empty):
+    return settings_for(None, "http://127.0.0.1:9/v1", migration_url=cluster.url(empty, local.OWNER))
+
+
+def snapshot(url):
+    """Everything about the schema that autogenerate does not see, and what it does."""
+    queries = {
+        "columns": "select table_name, column_name, data_type, is_nullable, column_default from information_schema.columns where table_schema = 'public'",
+        "indexes": "select indexname, indexdef from pg_indexes where schemaname = 'public'",
+        "policies": "select tablename, policyname, roles::text, cmd, qual, with_check from pg_policies",
+        "security": "select relname, relrowsecurity from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r'",
+        "views": "select viewname, definition from pg_views where schemaname = 'public'",
+        "functions": "select proname, pg_get_functiondef(p.oid) from pg_proc p join pg_namespace n on n.oid = pronamespace left join pg_depend d on d.objid = p.oid and d.deptype = 'e' where nspname = 'public' and d.objid is null",
+        "grants": "select table_name, grantee, privilege_type from information_schema.role_table_grants where table_schema = 'public'",
+        "constraints": "select conname, pg_get_constraintdef(oid) from pg_constraint where connamespace = 'public'::regnamespace",
+    }
+    with psycopg.connect(url, autocommit=True) as connection:
+        return {name: sorted(map(str, connection.execute(query).fetchall())) for name, query in queries.items()}
+
+
+def test_there_is_one_head_and_it_is_at_least_what_the_release_needs(settings):
+    (head,) = ScriptDirectory.from_config(schema.config(settings)).get_heads()
+    assert head >= schema.REQUIRED
+
+
+def test_stairway_every_revision_goes_up_down_and_up_the_same(settings):
+    config = schema.config(settings)
+    script = ScriptDirectory.from_config(config)
+    for revision in reversed(list(script.walk_revisions())):
+        command.upgrade(config, revision.revision)
+        first = snapshot(settings.migration_url)
+        command.downgrade(config, revision.down_revision or "base")
+        command.upgrade(config, revision.revision)
+        assert snapshot(settings.migration_url) == first
+
+
+def test_downgrade_to_base_leaves_nothing_and_may_be_run_again(settings):
+    config = schema.config(settings)
+    for _ in range(2):
+        command.upgrade(config, "head")
+        command.upgrade(config, "head")
+        command.downgrade(config, "base")
+        command.downgrade(config, "base")
+        left = snapshot(settings.migration_url)
+        assert [name for name in left["columns"] if "alembic_version" not in name] == []
+        assert left["policies"] == left["views"] == left["functions"] == []
+
+
+def test_rows_survive_what_the_next_migration_does(settings):
+    config = schema.config(settings)
+    command.upgrade(config, "0001")
+    with psycopg.connect(settings.migration_url, autocommit=True) as owner:
+        owner.execute("insert into sources (tenant_id, id, content) values ('t', 'a', 'text')")
+        command.upgrade(config, "head")
+        assert owner.execute("select content from sources").fetchone() == ("text",)
+
+
+@pytest.mark.parametrize("dimensions", [64, 2_000, 2_001, 3_072, 4_000])
+def test_check_is_clean_after_upgrade(settings, dimensions):
+    config = schema.config(replace(settings, embedding_dimensions=dimensions))
+    command.upgrade(config, "head")
+    command.check(config)
+
+
+def test_the_index_is_half_precision_above_2000_dimensions(settings):
+    command.upgrade(schema.config(replace(settings, embedding_dimensions=3_072)), "head")
+    with psycopg.connect(settings.migration_url) as owner:
+        (definition,) = owner.execute(
+            "select indexdef from pg_indexes where indexname = 'documents_embedding_idx'"
+        ).fetchone()
+    assert "halfvec(3072)) halfvec_cosine_ops" in definition
+
+
+@pytest.mark.parametrize("change", ["column", "index", "comment", "type"])
+def test_check_is_dirty_when_a_model_changes(settings, monkeypatch, change):
+    config = schema.config(settings)
+    command.upgrade(config, "head")
+    real = tables.metadata_for
+
+    def changed(dimensions):
+        metadata = real(dimensions + 1 if change == "type" else dimensions)
+        table = metadata.tables["documents"]
+        if change == "column":
+            table.append_column(Column("novel", Text))
+        elif change == "index":
+            table.indexes.discard(next(i for i in table.indexes if i.name == tables.EMBEDDING_INDEX))
+        elif change == "comment":
+            table.c.content.comment = "another"
+        return metadata
+
+    monkeypatch.setattr(tables, "metadata_for", changed)
+    with pytest.raises(CommandError, match="New upgrade operations detected"):
+        command.check(config)
+
+
+def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(cluster, settings, empty):
+    config = schema.config(settings)
+    printed = io.StringIO()
+    config.output_buffer = printed
+    command.upgrade(config, "head", sql=True)
+    text = printed.getvalue()
+    assert "set lock_timeout" in text
+    assert "%%" not in text
+    with psycopg.connect(settings.migration_url, autocommit=True) as owner:
+        owner.execute(text.encode())
+    offline = snapshot(settings.migration_url)
+    online_config = schema.config(settings)
+    command.check(online_config)
+    command.downgrade(online_config, "base")
+    command.upgrade(online_config, "head")
+    assert snapshot(settings.migration_url) == offline
+    command.downgrade(config, "head:base", sql=True)
+    assert "drop table documents" in printed.getvalue()
+
+
+def test_two_migrators_at_once_one_works_the_other_finds_nothing_to_do(cluster, settings, root):
+    environment = {
+        "PGRECALL_MIGRATION_URL": settings.migration_url,
+        "OPENAI_API_KEY": "x",
+        "PGRECALL_EMBEDDING_DIMENSIONS": "64",
+        "PATH": "/usr/bin:/bin",
+    }
+    several = [
+        subprocess.Popen(
+            [sys.executable, "-m", "alembic", "upgrade", "head"],
+            cwd=root,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in several]
+    assert [process.returncode for process in several] == [0, 0], errors
+    with psycopg.connect(settings.migration_url) as owner:
+        assert owner.execute("select version_num from alembic_version").fetchone() == ("0001",)
+
+
+def test_a_migrator_waits_for_the_other_without_blocking_in_the_server(settings):
+    with psycopg.connect(settings.migration_url, autocommit=True) as other:
+        other.execute("select pg_advisory_lock(%s)", (0x7067726563616C6C,))
+        waiting = threading.Thread(target=schema.migrate, args=(settings,))
+        waiting.start()
+        waiting.join(0.8)
+        assert waiting.is_alive()
+        assert other.execute("select count(*) from pg_stat_activity where wait_event_type = 'Lock'").fetchone() == (0,)
+        assert other.execute("select to_regclass('documents')").fetchone() == (None,)
+        other.execute("select pg_advisory_unlock_all()")
+        waiting.join(30)
+        assert other.execute("select to_regclass('documents') is not null").fetchone() == (True,)
+
+
+def test_a_lock_that_is_not_to_be_had_stops_the_migration_and_changes_nothing(settings):
+    command.upgrade(schema.config(settings), "head")
+    before = snapshot(settings.migration_url)
+    with psycopg.connect(settings.migration_url) as other:
+        other.execute("lock table documents in access share mode")
+        with pytest.raises(Exception, match="lock timeout"):
+            command.downgrade(schema.config(settings), "base")
+    assert snapshot(settings.migration_url) == before
+
+
+def test_without_the_extension_and_the_right_to_create_it_the_error_says_what_to_ask(settings, cluster, empty):
+    with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
+        admin.execute("drop extension vector")
+    with pytest.raises(SetupError, match="extension vector, which this login may not create.*CREATE EXTENSION vector"):
+        schema.migrate(settings)
+
+
+def test_a_login_that_is_no_superuser_migrates_where_the_extension_is(settings, cluster):
+    with psycopg.connect(settings.migration_url) as owner:
+        assert owner.execute("select rolsuper from pg_roles where rolname = current_user").fetchone() == (False,)
+    schema.migrate(settings)
+
+
+def test_everything_public_has_a_comment(cluster, template):
+    uncommented = """
+    select 'relation ' || c.relname from pg_class c
+     where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'v', 'i') and obj_description(c.oid, 'pg_class') is null
+       and c.relname <> 'alembic_version' and c.relname not like '%\\_pkey' and c.relname not like 'alembic%'
+       and not exists (select from pg_constraint k where k.conindid = c.oid)
+    union all
+    select 'column ' || c.relname || '.' || a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
+     where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'v') and a.attnum > 0 and not a.attisdropped
+       and c.relname <> 'alembic_version' and col_description(c.oid, a.attnum) is null
+    union all
+    select 'function ' || p.proname from pg_proc p
+     where p.pronamespace = 'public'::regnamespace and obj_description(p.oid, 'pg_proc') is null
+       and not exists (select from pg_depend d where d.objid = p.oid and d.deptype = 'e')
+    """
+    with cloned(cluster, template) as name, psycopg.connect(cluster.url(name), autocommit=True) as admin:
+        assert admin.execute(uncommented).fetchall() == []

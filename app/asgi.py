@@ -1,17 +1,119 @@
 """The composition root: settings in, application out. The lifespan opens what handlers work with."""
 
 import importlib.util
+import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from litestar import Litestar, Request
-from litestar.config.app import AppConfig
+from litestar import Litestar, Request, Router
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.static_files import create_static_files_router
 
-from app import __version__, errors, rag, settings as settings_module, telemetry
-from app.api import documents, health, problems, search
-from app.api import rag as rag_route
+from app import __version__, chat, embedding, telemetry
+from app import settings as environment
+from app.api import documents, health, problems, rag, search
+from app.api.body import BodyGuard
+from app.api.paths import RawIds
+from app.api.service import Service
+from app.database import Database
+from app.errors import DatabaseUnavailable, SchemaTooOld, SetupError
+from app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 16_000_000
+DOCS = "/docs"
+_ASSETS = f"{DOCS}/assets"
+_DESCRIPTION = "Retrieval and RAG inside the PostgreSQL a team already runs. Errors are RFC 9457 problems."
+
+
+def create_app(settings: Settings | None = None) -> Litestar:
+    """The application. Reads the environment when no settings are given; connects only when it starts."""
+    settings = settings or environment.read()
+    if settings.database_url is None:
+        raise SetupError(
+            "DATABASE_URL is not set: set it, or start with `pgrecall serve`, which brings a database along"
+        )
+    telemetry.set_up(settings)
+    handlers = [
+        search.search_chunks,
+        rag.answer_question,
+        documents.put_document,
+        documents.put_documents,
+        documents.get_document,
+        documents.list_documents,
+        documents.delete_document,
+        documents.delete_documents,
+    ]
+    app = Litestar(
+        route_handlers=[
+            health.live,
+            health.ready,
+            Router("/", route_handlers=handlers, before_request=_require_ready),
+            create_static_files_router(_ASSETS, directories=[_swagger_ui()], include_in_schema=False),
+        ],
+        dependencies={"service": Provide(_service, sync_to_thread=False)},
+        lifespan=[partial(_opened, settings=settings)],
+        plugins=[problems.plugin],
+        middleware=[BodyGuard(settings.body_timeout)],
+        request_max_body_size=MAX_BODY,
+        openapi_config=OpenAPIConfig(
+            title="pgrecall",
+            version=__version__,
+            description=_DESCRIPTION,
+            path=DOCS,
+            render_plugins=[
+                SwaggerRenderPlugin(
+                    path="/",
+                    js_url=f"{_ASSETS}/swagger-ui-bundle.js",
+                    css_url=f"{_ASSETS}/swagger-ui.css",
+                    standalone_preset_js_url=f"{_ASSETS}/swagger-ui-standalone-preset.js",
+                    favicon=f"<link rel='icon' href='{_ASSETS}/favicon-32x32.png'>",
+                )
+            ],
+        ),
+    )
+    # Around the router: a request for a route that does not exist never reaches Litestar's own middleware.
+    app.asgi_handler = telemetry.RequestId(RawIds(app.asgi_handler))
+    return app
+
+
+def _service(request: Request[Any, Any, Any]) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _require_ready(request: Request[Any, Any, Any]) -> None:
+    await _service(request).require_ready()
+
+
+@asynccontextmanager
+async def _opened(app: Litestar, settings: Settings) -> AsyncIterator[None]:
+    """Open everything; refuse to start on a database that holds another model or does not keep tenants apart."""
+    async with AsyncExitStack() as stack:
+        embedder = embedding.open_embedder(settings)
+        stack.push_async_callback(embedder.aclose)
+        chat_model = chat.open_chat(settings)
+        if chat_model is not None:
+            stack.push_async_callback(chat_model.aclose)
+        database = Database(settings, settings.database_url or "")
+        stack.push_async_callback(database.close)
+        app.state.service = service = Service(settings, database, embedder, chat_model)
+        try:
+            await service.check()
+        except (SchemaTooOld, DatabaseUnavailable) as error:
+            log.warning("not ready yet: %s", error)
+        yield
+
+
+def _swagger_ui() -> Path:
+    # Found, not imported: the package is only its files to us.
+    spec = importlib.util.find_spec("swagger_ui")
+    if spec is None or spec.origin is None:
+        raise SetupError("the package swagger-ui-py is missing: install pgrecall with its dependencies")
+    return Path(spec.origin).parent / "static"

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, cast
 
 import openai
 from openai import AsyncOpenAI, AsyncStream
 from openai.types import CompletionUsage
-from openai.types.chat import ChatCompletionChunk
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from app.errors import ChatFailed
 from app.settings import Settings
@@ -89,28 +89,101 @@ class OpenAIChat:
 
     async def reply(self, messages: Sequence[Message]) -> AsyncGenerator[str | Usage]:
         """See ChatModel."""
+        usage, finish, empty = None, None, True
         try:
             async with asyncio.timeout(self._timeout):
                 stream = await self._open(messages)
             async with stream:
-                async for piece in self._pieces(stream):
-                    yield piece
-        except (openai.APITimeoutError, TimeoutError):
-            raise ChatFailed(
-                f"the chat model sent nothing for {self._timeout:g} s: see PGRECALL_CHAT_TIMEOUT"
-            ) from None
-        except openai.APIStatusError as error:
-            raise ChatFailed(_refusal(error.status_code)) from None
-        except openai.APIConnectionError:
-            raise ChatFailed(
-                "the chat model's server cannot be reached, or the connection broke: see OPENAI_BASE_URL"
-            ) from None
-        except openai.APIError:
-            raise ChatFailed("the chat model's server reported an error in the middle of its answer") from None
-        except (ValueError, AttributeError, TypeError):
-            # Neither JSON nor of the protocol's shape; the client library does not wrap these.
-            raise ChatFailed("the chat model's server does not speak the OpenAI protocol: see OPENAI_BASE_URL") from None
+                while True:
+                    async with asyncio.timeout(self._timeout):
+                        chunk = await anext(stream, None)
+                    if chunk is None:
+                        break
+                    usage = chunk.usage or usage
+                    for choice in chunk.choices or ():
+                        finish = choice.finish_reason or finish
+                        if choice.delta.content:
+                            empty = False
+                            yield choice.delta.content
+        except (openai.OpenAIError, TimeoutError, ValueError, AttributeError) as error:
+            raise ChatFailed(_fault(error, self._timeout)) from None
+        if finish is None:
+            raise ChatFailed("the chat model's server ended its answer before it was finished")
+        if empty:
+            reason = (
+                "spent PGRECALL_RAG_ANSWER_TOKENS before it said anything" if finish == "length" else "said nothing"
+            )
+            raise ChatFailed(f"the chat model {reason}")
+        if counts := _usage(usage):
+            yield counts
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.close()
+
+    async def _open(self, messages: Sequence[Message]) -> AsyncStream[ChatCompletionChunk]:
+        """Start the answer; a server that refuses one of our options is asked again without it, now and later."""
+        options = self._options
+        while True:
+            try:
+                stream: AsyncStream[ChatCompletionChunk] = await self._client.chat.completions.create(
+                    model=self.model,
+                    messages=cast("list[ChatCompletionMessageParam]", [asdict(message) for message in messages]),
+                    stream=True,
+                    **options,
+                )
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                fewer = _without_refused(options, error.message)
+                if fewer is None:
+                    raise
+                options = fewer
+            else:
+                self._options = options
+                return stream
+
+
+# Never the server's own words: they may quote texts and keys.
+_REFUSED = "refused the request: see PGRECALL_CHAT_MODEL, PGRECALL_RAG_CONTEXT_TOKENS and PGRECALL_RAG_ANSWER_TOKENS"
+_FAULTS = {
+    400: _REFUSED,
+    401: "refused the key: see OPENAI_API_KEY",
+    403: "refused the key: see OPENAI_API_KEY",
+    404: "knows no such model or address: see PGRECALL_CHAT_MODEL and OPENAI_BASE_URL",
+    413: _REFUSED,
+    422: _REFUSED,
+    429: "is over its rate limit or quota: try again later, or see the account of OPENAI_API_KEY",
+}
+
+
+def _fault(error: Exception, timeout: float) -> str:
+    """What happened, and which setting to look at."""
+    server = "the chat model's server"
+    if isinstance(error, openai.APITimeoutError | TimeoutError):
+        return f"{server} sent nothing for {timeout:g} s: see PGRECALL_CHAT_TIMEOUT"
+    if isinstance(error, openai.APIStatusError):
+        return f"{server} answered {error.status_code}: it {_FAULTS.get(error.status_code, 'failed')}"
+    if isinstance(error, openai.APIConnectionError):
+        return f"{server} cannot be reached or broke the connection: see OPENAI_BASE_URL"
+    if isinstance(error, openai.OpenAIError):
+        return f"{server} reported an error in the middle of its answer"
+    # What is no JSON, or JSON of another shape, the client library lets through.
+    return f"{server} does not speak the OpenAI protocol: see OPENAI_BASE_URL"
+
+
+def _without_refused(options: dict[str, Any], complaint: str) -> dict[str, Any] | None:
+    """The options as a server wants them that refused them so, None where it complains of something else."""
+    fewer = dict(options)
+    if "stream_options" in options and "stream_options" in complaint:
+        del fewer["stream_options"]
+    elif "max_tokens" in options and "max_completion_tokens" in complaint:
+        fewer["max_completion_tokens"] = fewer.pop("max_tokens")
+    else:
+        return None
+    return fewer
+
+
+def _usage(usage: CompletionUsage | None) -> Usage | None:
+    if usage is None:
+        return None
+    counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+    return Usage(*counts) if all(isinstance(count, int) for count in counts) else None

@@ -20,8 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app import cache, chunking
 from app.chunking import Chunk
 from app.database import Database, rendered
+from app.drafts import Draft, check
 from app.embedding import Embedder
-from app.drafts import Draft, check, check_vector
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, Unavailable, VersionConflict
 from app.search import Conditions, where, where_values
 from app.settings import Settings
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     removed: int = 0
 
 
-class _Overtaken(Exception):  # noqa: N818  not an error: the caller looks again
+class _Overtaken(Exception):
     """Another writer changed what this write was going to build on."""
 
 
@@ -107,41 +107,29 @@ async def put(
 def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token_limit: int | None) -> list[_Plan]:
     if not 1 <= len(drafts) <= MAX_BATCH:
         raise BadInput("documents", f"{len(drafts)} items; allowed: 1 to {MAX_BATCH:,}")
-    many = len(drafts) > 1
+    own = []
     seen: dict[str, int] = {}
     for index, draft in enumerate(drafts):
         try:
-            check(draft)
+            own.append(check(draft, embedder.dimensions))
         except BadInput as fault:
-            raise (fault.under(f"documents[{index}]") if many else fault) from None
+            raise (fault.under(f"documents[{index}]") if len(drafts) > 1 else fault) from None
         if draft.id in seen:
             raise BadInput(f"documents[{index}].id", f"{draft.id!r} is also the id of documents[{seen[draft.id]}]")
         seen[draft.id] = index
     if token_limit is not None:
         _check_tokens(embedder, [draft.content for draft in drafts if draft.embedding is None], token_limit)
     max_tokens = min(settings.chunk_max_tokens, embedder.max_tokens)
+    cut = {"max_tokens": max_tokens, "overlap_tokens": settings.chunk_overlap_tokens}
     chunker = f"{chunking.VERSION}/{max_tokens}/{settings.chunk_overlap_tokens}"
     plans = []
-    for index, draft in enumerate(drafts):
-        own = None
-        if draft.embedding is not None:
-            try:
-                own = check_vector(draft.embedding, embedder.dimensions)
-            except BadInput as fault:
-                raise (fault.under(f"documents[{index}]") if many else fault) from None
-            chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
+    for draft, vector in zip(drafts, own, strict=True):
+        if vector is None:
+            chunks = chunking.chunk(draft.content, embedder.count_tokens, **cut)
         else:
-            chunks = chunking.chunk(
-                draft.content,
-                embedder.count_tokens,
-                max_tokens=max_tokens,
-                overlap_tokens=settings.chunk_overlap_tokens,
-            )
-        plans.append(
-            _Plan(
-                draft, cache.digest(draft.content), chunks, "whole" if own is not None else chunker, embedder.model, own
-            )
-        )
+            chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
+        used = chunker if vector is None else "whole"
+        plans.append(_Plan(draft, cache.digest(draft.content), chunks, used, embedder.model, vector))
     return plans
 
 
@@ -255,10 +243,20 @@ CREATE = upsert_into(sources).on_conflict_do_nothing().returning(sources.c.id)
 ADD_CHUNKS = insert(documents)
 """Chunks with their vectors."""
 
-_REPLACED = (
-    "title content content_sha256 doc_type metadata created_at chunk_keys start_offsets state chunker embedding_origin "
-    "embedding_model"
-).split()
+_REPLACED = [
+    "title",
+    "content",
+    "content_sha256",
+    "doc_type",
+    "metadata",
+    "created_at",
+    "chunk_keys",
+    "start_offsets",
+    "state",
+    "chunker",
+    "embedding_origin",
+    "embedding_model",
+]
 REPLACE = (
     update(sources)
     .where(sources.c.tenant_id == _tenant, sources.c.id == bindparam("document_id", type_=Text))
@@ -316,65 +314,70 @@ async def _write(
     now = datetime.now(UTC)
     created = await _create(connection, tenant_id, [plan for plan in plans if plan.draft.id not in seen], now)
     locked, own = await _lock(connection, tenant_id, [plan for plan in plans if plan.draft.id not in created])
-    outcomes: list[Outcome] = []
-    removals: list[dict[str, Any]] = []
-    labels: list[dict[str, Any]] = []
-    chunks: list[dict[str, Any]] = []
-    replaced: list[dict[str, Any]] = []
+    rows = _Rows([], [], [], [])
+    outcomes = []
     for plan in plans:
-        draft, before = plan.draft, locked.get(plan.draft.id)
+        before = locked.get(plan.draft.id)
         stored_version = before.version if before else None
         if if_version not in (None, stored_version):
             raise VersionConflict(f"the stored version is {stored_version or 'none'}, not {if_version}")
-        if before and before.matches(plan, own.get(draft.id)):
-            outcomes.append(Outcome(draft.id, "unchanged", before.version, reused=len(plan.chunks)))
-            continue
-        kept = before.reusable(plan) & {chunk.key for chunk in plan.chunks} if before else set()
-        shared = {
-            "doc_type": draft.doc_type,
-            "metadata": draft.metadata,
-            "created_at": draft.created_at or (before.created_at if before else now),
-        }
-        fresh = [chunk for chunk in plan.chunks if chunk.key not in kept]
-        for chunk in fresh:
-            vector = vectors.get(chunk.content) if plan.own is None else plan.own
-            if vector is None:
-                raise _Overtaken  # a row this write meant to keep is gone
-            chunks.append(
-                {
-                    "tenant_id": tenant_id,
-                    "id": draft.id,
-                    "chunk_key": chunk.key,
-                    "content": chunk.content,
-                    "embedding": vector,
-                }
-                | shared
-            )
-        if before is None:
-            outcomes.append(Outcome(draft.id, "created", 1, embedded=len(fresh)))
-            continue
-        stale = sorted(set(before.chunk_keys) - kept)
-        if stale:
-            removals.append({"tenant_id": tenant_id, "document_id": draft.id, "keys": stale})
-        if kept:
-            new_labels = {f"new_{name}": value for name, value in shared.items()}
-            labels.append({"tenant_id": tenant_id, "document_id": draft.id} | new_labels)
-        replaced.append(
-            {"tenant_id": tenant_id, "document_id": draft.id}
-            | {f"new_{name}": value for name, value in (plan.row() | {"created_at": shared["created_at"]}).items()}
-        )
-        outcomes.append(
-            Outcome(draft.id, "updated", before.version + 1, embedded=len(fresh), reused=len(kept), removed=len(stale))
-        )
-    for statement, rows in (
-        (REMOVE_CHUNKS, removals),
-        (RELABEL_CHUNKS, labels),
-        (ADD_CHUNKS, chunks),
-        (REPLACE, replaced),
+        if before and before.matches(plan, own.get(plan.draft.id)):
+            outcomes.append(Outcome(plan.draft.id, "unchanged", before.version, reused=len(plan.chunks)))
+        else:
+            outcomes.append(_difference(rows, tenant_id, plan, before, vectors, now))
+    for statement, values in (
+        (REMOVE_CHUNKS, rows.removed),
+        (RELABEL_CHUNKS, rows.relabelled),
+        (ADD_CHUNKS, rows.added),
+        (REPLACE, rows.replaced),
     ):
-        if rows:
-            await connection.execute(statement, rows)
+        if values:
+            await connection.execute(statement, values)
     return outcomes
+
+
+class _Rows(NamedTuple):
+    """Values for the statements of a write, a list each."""
+
+    removed: list[dict[str, Any]]
+    relabelled: list[dict[str, Any]]
+    added: list[dict[str, Any]]
+    replaced: list[dict[str, Any]]
+
+
+def _difference(
+    rows: _Rows,
+    tenant_id: str,
+    plan: _Plan,
+    before: _Stored | None,
+    vectors: Mapping[str, npt.NDArray[np.float32]],
+    now: datetime,
+) -> Outcome:
+    """Add to `rows` what turns the stored document into the planned one. `before` None: its source has just been made."""
+    draft = plan.draft
+    kept = before.reusable(plan) & {chunk.key for chunk in plan.chunks} if before else set()
+    labels = {
+        "doc_type": draft.doc_type,
+        "metadata": draft.metadata,
+        "created_at": draft.created_at or (before.created_at if before else now),
+    }
+    fresh = [chunk for chunk in plan.chunks if chunk.key not in kept]
+    for chunk in fresh:
+        vector = vectors.get(chunk.content) if plan.own is None else plan.own
+        if vector is None:
+            raise _Overtaken  # a row this write meant to keep is gone
+        row = {"tenant_id": tenant_id, "id": draft.id, "chunk_key": chunk.key, "content": chunk.content}
+        rows.added.append(row | {"embedding": vector} | labels)
+    if before is None:
+        return Outcome(draft.id, "created", 1, embedded=len(fresh))
+    document = {"tenant_id": tenant_id, "document_id": draft.id}
+    stale = sorted(set(before.chunk_keys) - kept)
+    if stale:
+        rows.removed.append(document | {"keys": stale})
+    if kept:
+        rows.relabelled.append(document | {f"new_{name}": value for name, value in labels.items()})
+    rows.replaced.append(document | {f"new_{name}": value for name, value in (plan.row() | labels).items()})
+    return Outcome(draft.id, "updated", before.version + 1, embedded=len(fresh), reused=len(kept), removed=len(stale))
 
 
 async def _create(connection: AsyncConnection, tenant_id: str, plans: list[_Plan], now: datetime) -> set[str]:

@@ -33,8 +33,8 @@ class Draft:
     embedding: Sequence[float] | npt.NDArray[np.float32] | None = None
 
 
-def check(draft: Draft) -> None:
-    """Raise BadInput, naming the field, unless the draft is within the limits."""
+def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:
+    """The draft's own vector, if it brings one. Raises BadInput, naming the field, for what is over the limits."""
     check_text("id", draft.id, 1, MAX_ID_BYTES)
     check_text("content", draft.content, 1, MAX_TEXT_BYTES if draft.embedding is None else MAX_OWN_TEXT_BYTES)
     if not draft.content.strip():
@@ -49,6 +49,7 @@ def check(draft: Draft) -> None:
         raise TooLarge("metadata", f"is {size:,} bytes as JSON; allowed: {MAX_METADATA_BYTES:,}")
     if draft.created_at is not None and draft.created_at.tzinfo is None:
         raise BadInput("created_at", "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
+    return None if draft.embedding is None else check_vector(draft.embedding, dimensions)
 
 
 def check_text(name: str, text: str, least: int, most: int) -> None:

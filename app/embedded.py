@@ -102,8 +102,8 @@ class _Postmaster(NamedTuple):
 def start(data_path: Path, *, durable: bool = True) -> Server:
     """Start the server of `data_path`, or join the one that runs; a missing or empty folder becomes a new database.
 
-    Blocks. Without `durable` a crash of the machine may destroy the data (for tests); a server that runs already keeps
-    what it was started with. Raises SetupError with the last lines of the log.
+    Blocks. Without `durable` a crash of the server may lose what was committed last, one of the machine everything (for
+    tests); a server that runs already keeps what it was started with. Raises SetupError with the last lines of the log.
     """
     _binaries()
     try:
@@ -210,8 +210,6 @@ def _make(data_path: Path, pgdata: Path, *, durable: bool) -> None:
         )
     if pgdata.exists() and any(pgdata.iterdir()):
         raise SetupError(f"{pgdata} is not empty and not a database; set PGRECALL_DATA_DIR to another folder")
-    for unfinished in data_path.glob("postgres.initdb-*"):
-        rmtree(unfinished, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix="postgres.initdb-", dir=data_path))
     if os.geteuid() == 0:
         user = _system_user()
@@ -234,6 +232,9 @@ def _make(data_path: Path, pgdata: Path, *, durable: bool) -> None:
 
 
 def _launch(data_path: Path, pgdata: Path, *, durable: bool) -> None:
+    for unfinished in data_path.glob("postgres.initdb-*"):
+        # at every start: an initdb whose starter was killed goes on for a while
+        rmtree(unfinished, ignore_errors=True)
     socket_dir = _socket_dir(pgdata)
     _bury(pgdata, pgdata / socket_dir)
     log = data_path / "log"

@@ -26,6 +26,7 @@ MAX_DIGITS = 1_000
 MAX_IN = 1_000
 MAX_TOTAL = 1_000_000  # characters of all parameters: `$in` repeats the keys it stands under for each of its values
 HASHED_FROM = 9  # constants from which on PostgreSQL looks `= ANY (…)` up in a hash table
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 COMPARISONS = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte": operator.le}
 
 Jsonb = ColumnElement[Any]
@@ -183,7 +184,8 @@ def _equality(given: list[Any], place: _Place, reading: _Reading) -> Condition:
     arrays = [_json(value) for value in given if isinstance(value, list)]
     forms = [form for scalar in scalars for form in (scalar, f"[{scalar}]")] + arrays
     heads = _heads(place.keys[0])
-    documents = [_inside((*head, *place.keys[1:]), form) for head in heads for form in forms]
+    around = [_around((*head, *place.keys[1:])) for head in heads]
+    documents = [opening + form + closing for opening, closing in around for form in forms]
     contains = "contains", reading.parameter(place, documents)
     # Containment, which an index can serve, is equality but for arrays and where a dot leaves two keys to ask. Many values
     # get the second condition for its hash table: 1,000 against 20,000 unindexed rows took 2.6 s without it, 0.1 s with.
@@ -208,13 +210,9 @@ def _heads(key: str) -> tuple[tuple[str, ...], ...]:
     return ((key,), parts) if 1 < len(parts) <= MAX_DEPTH else ((key,),)
 
 
-def _inside(keys: tuple[str, ...], value: str) -> str:
-    """JSON text of the object with nothing but this value, JSON text too, under these keys."""
-    return reduce(lambda inner, key: f"{{{_json(key)}: {inner}}}", reversed(keys), value)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def _around(keys: tuple[str, ...]) -> tuple[str, str]:
+    """What JSON text has before and after a value that stands under these keys, and nothing beside it."""
+    return "".join(f"{{{_json(key)}: " for key in keys), "}" * len(keys)
 
 
 def _check_key(key: str, where: str) -> None:

@@ -66,10 +66,19 @@ def bootstrap(admin_url: str, database: str) -> None:
             connection.execute(statement.encode())
         connection.execute(sql.SQL("grant pgrecall_analyst to {}").format(sql.Identifier(ANALYST)))
         connection.execute(sql.SQL("alter role {} set statement_timeout = '60s'").format(sql.Identifier(ANALYST)))
+        # Under another name until it is whole: a bootstrap that was killed is begun again.
+        unfinished = f"{database}_unfinished"
+        connection.execute(sql.SQL("drop database if exists {}").format(sql.Identifier(unfinished)))
         connection.execute(
-            sql.SQL("create database {} owner {}").format(sql.Identifier(database), sql.Identifier(OWNER))
+            sql.SQL("create database {} owner {}").format(sql.Identifier(unfinished), sql.Identifier(OWNER))
         )
-        # The first connection still holds the lock, so nobody meets the database without its extensions.
-        with psycopg.connect(admin_url, dbname=database, autocommit=True) as inside:
+        with psycopg.connect(admin_url, dbname=unfinished, autocommit=True) as inside:
             inside.execute("create extension vector")
             inside.execute("create extension btree_gin")
+        connection.execute(
+            sql.SQL("alter database {} rename to {}").format(sql.Identifier(unfinished), sql.Identifier(database))
+        )
+
+
+ADMIT_ANALYST = "insert into analyst_tenants (analyst, tenant_id) values (%s, '*') on conflict do nothing"
+"""The embedded database is one person's: its analyst reads every tenant."""

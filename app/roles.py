@@ -38,13 +38,14 @@ def statements(login: str | None = None) -> list[str]:
         name = sql.Identifier(role)
         made.append(sql.SQL(_CREATE).format(role=name))
         made.append(sql.SQL("comment on role {} is {}").format(name, sql.Literal(purpose)))
-    for role in (APP, WORKER) if login else ():
-        made.append(
+    if login is not None:
+        made += [
             sql.SQL(_GRANT).format(
-                login=sql.Identifier(login or ""),
+                login=sql.Identifier(login),
                 login_text=sql.Literal(login),
                 role=sql.Identifier(role),
                 role_text=sql.Literal(role),
             )
-        )
+            for role in (APP, WORKER)
+        ]
     return [statement.as_string(None) for statement in made]

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import psycopg
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from app import local, roles
-from app.database import Database, Statement, translated
+from app.database import Database, Statement, connect, translated
 from app.errors import SchemaTooOld, SetupError, Unsafe
 from app.model import Model
 from app.settings import Settings
@@ -60,6 +62,38 @@ def migration_url(settings: Settings) -> Iterator[str]:
         yield database.owner_url
     finally:
         database.close()
+
+
+@contextmanager
+def provided(settings: Settings) -> Iterator[Settings]:
+    """Settings that name a database: the configured one as it is, else the embedded one, running and migrated."""
+    if settings.database_url:
+        yield settings
+        return
+    database = local.start(settings)
+    try:
+        ready = msgspec.structs.replace(settings, database_url=database.service_url, migration_url=database.owner_url)
+        if not is_current(ready):
+            migrate(ready)
+            with connect(database.owner_url) as connection:
+                connection.execute(local.ADMIT_ANALYST, (local.ANALYST,))
+        yield ready
+    finally:
+        database.close()
+
+
+def is_current(settings: Settings) -> bool:
+    """Whether the database is at the newest revision this release knows."""
+    with migration_url(settings) as url, connect(url) as connection:
+        row = connection.execute("select to_regclass('alembic_version') is not null").fetchone()
+        if row is None or not row[0]:
+            return False
+        return connection.execute("select version_num from alembic_version").fetchone() == (head(settings),)
+
+
+def head(settings: Settings) -> str:
+    """The newest revision this release knows."""
+    return ScriptDirectory.from_config(config(settings)).get_current_head() or ""
 
 
 def config(settings: Settings) -> Config:

@@ -165,7 +165,6 @@ def build(
     distance = chunk.c.embedding.cosine_distance(query)
     columns = (chunk.c.id, chunk.c.chunk_key, chunk.c.content, chunk.c.doc_type, chunk.c.metadata, chunk.c.created_at)
     top_k = bindparam("top_k", type_=Integer)
-    candidates: ColumnElement[int]
     if kind == "nearest" and dimensions > INDEXED_AS_VECTOR:
         half = HalfVector(dimensions)
         by = cast(chunk.c.embedding, half).cosine_distance(cast(query, half))

@@ -12,27 +12,20 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
-from http import HTTPStatus
+from types import FrameType
 
-import msgspec
 import uvicorn
 from litestar import Litestar
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import settings as environment
 from app import telemetry
+from app.api.head import KEEP_ALIVE, HeadLimits
 from app.errors import SetupError
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
-
-MAX_HEAD = 65_536
-"""Bytes of a request line with its headers."""
-
-KEEP_ALIVE = 75
-"""Seconds an idle connection is kept; more than the usual 60 of the proxies in front, so that they close first."""
 
 UNWIND = 2.0
 """Seconds cancelled requests get to roll back, and a worker gets beyond its own time-outs before it is killed."""
@@ -49,7 +42,7 @@ def serve(
     settings: Settings,
     on_started: Callable[[str], None] | None = None,
 ) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status: 0, or 130 when interrupted while starting or twice.
+    """Serve until SIGINT or SIGTERM; returns the exit status: 0, or 130 when interrupted while starting.
 
     `target` is `module:function`, a factory without arguments that returns the Litestar application and reads its
     settings from the environment; every worker calls it. Port 0 takes a free one. `on_started` gets the address
@@ -75,102 +68,20 @@ def serve(
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((host, address[1]), family=family, backlog=BACKLOG)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Without the protocol asyncio leaves Nagle's algorithm on: 44 ms for each answer on a kept connection.
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise SetupError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    return listener
 
 
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-class HeadLimits(HttpToolsProtocol):
-    """A uvicorn connection that must bring the head of each request in time and within MAX_HEAD bytes.
-
-    uvicorn has neither limit (issue 157 there): its one time-out is for idle connections, and any byte ends that.
-    """
-
-    def __init__(self, header_timeout: float, **given: object) -> None:
-        super().__init__(**given)  # type: ignore[arg-type]
-        self._header_timeout = header_timeout
-        self._deadline: asyncio.TimerHandle | None = None
-        self._in_head = False
-        self._told = self._held = 0
-
-    def _expect_head(self, seconds: float | None) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Expect the first head."""
-        super().connection_made(transport)
-        self._expect_head(self._header_timeout)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing more."""
-        self._expect_head(None)
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        """Expect the rest of the head that begins; the first one has been expected since the connection was made."""
-        super().on_message_begin()
-        self._in_head = True
-        self._told = self._held = 0
-        if self.cycle is not None:
-            self._expect_head(self._header_timeout)
-
-    def on_headers_complete(self) -> None:
-        """Expect nothing: the body is the application's to wait for."""
-        self._in_head = False
-        self._expect_head(None)
-        super().on_headers_complete()
-
-    def on_response_complete(self) -> None:
-        """Expect another request; what is left of a body that was not read has to be over by then, too."""
-        super().on_response_complete()
-        if self.timeout_keep_alive_task is not None:
-            self._expect_head(KEEP_ALIVE)
-
-    def on_url(self, url: bytes) -> None:
-        """Count a piece of the request line."""
-        super().on_url(url)
-        self._tell(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header."""
-        super().on_header(name, value)
-        self._tell(len(name) + len(value) + len(": \r\n"))
-
-    def _tell(self, size: int) -> None:
-        self._told += size
-        if self._told > MAX_HEAD:
-            raise ValueError  # for the parser, which makes it the error that send_400_response answers
-
-    def data_received(self, data: bytes) -> None:
-        """Count what the parser holds back: it tells of a header when it is whole, and one may never end."""
-        in_head = self._in_head
-        super().data_received(data)
-        if in_head and self._in_head and not self.transport.is_closing():
-            self._held += len(data)
-            if self._held > MAX_HEAD:
-                self.send_400_response("")
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no request with a problem (RFC 9457) and hang up."""
-        status, detail = HTTPStatus.BAD_REQUEST, msg
-        if max(self._told, self._held) > MAX_HEAD:
-            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            detail = f"request line and headers are too large; allowed: at most {MAX_HEAD} bytes"
-        problem = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail}
-        body = msgspec.json.encode(problem)
-        self.transport.write(
-            f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/problem+json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
-        )
-        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -200,13 +111,19 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM while serving; the caller has something to do after they came."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        """Take signals while serving; what comes after is the caller's, who has more to stop than this."""
+        with _signals(self.handle_exit):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def _signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 async def _work(
@@ -218,14 +135,15 @@ async def _work(
 ) -> None:
     app: Litestar = pkgutil.resolve_name(target)()
     server = Server(app, settings, on_started)
-
-    def finish() -> None:
-        server.should_exit = True
-        asyncio.get_running_loop().remove_reader(tie)
-
     if tie is not None:
-        asyncio.get_running_loop().add_reader(tie, finish)
-    # The lifespan is entered here and not by uvicorn, which would print what it raises and exit.
+        loop = asyncio.get_running_loop()
+
+        def finish() -> None:
+            loop.remove_reader(tie)
+            server.should_exit = True
+
+        loop.add_reader(tie, finish)
+    # Entered here and not by uvicorn, which would print a traceback of what the lifespan raises, and exit.
     lifespan = AsyncExitStack()
     await lifespan.enter_async_context(app.lifespan())
     try:
@@ -240,24 +158,75 @@ async def _work(
 async def _supervise(
     target: str, listener: socket.socket, workers: int, settings: Settings, on_started: Callable[[], object]
 ) -> None:
-    patience = 2 * settings.shutdown_timeout + 2 * UNWIND
-    waiting = set(range(workers))
+    loop = asyncio.get_running_loop()
+    patience = 2 * (settings.shutdown_timeout + UNWIND)
+    awaited = set(range(workers))
 
     async def keep(number: int) -> None:
         while True:
             async with _worker(target, listener, patience) as (process, tie):
-                if not await asyncio.get_running_loop().sock_recv(tie, 1):
-                    raise SetupError(f"worker {number} ended before it served; its message stands above")
-                if waiting and not waiting.discard(number) and not waiting:
-                    on_started()
-                log.error("worker %d ended with status %d; starting another one", number, await process.wait())
+                if not await loop.sock_recv(tie, 1):
+                    raise SetupError(f"worker {number} ended before it served; why stands above")
+                if number in awaited:
+                    awaited.remove(number)
+                    if not awaited:
+                        on_started()
+                log.error("worker %d ended with status %d; starting another", number, await process.wait())
 
     def stop() -> None:
+        # The first time each task tells its worker to finish and waits, the second time it kills it.
         listener.close()
         for task in tasks:
             task.cancel()
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(name, stop)
-    tasks = [asyncio.create_task(keep(number)) for number in range(workers)]
-    ...
+    try:
+        with _signals(lambda *_: loop.call_soon_threadsafe(stop)):
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(keep(number)) for number in range(workers)]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+
+
+@asynccontextmanager
+async def _worker(
+    target: str, listener: socket.socket, patience: float
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, socket.socket]]:
+    tie, theirs = socket.socketpair()
+    tie.setblocking(False)
+    with tie:
+        with theirs:
+            shared = (listener.fileno(), theirs.fileno())
+            # A process group of its own keeps the terminal's Ctrl-C away from the worker.
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", __name__, target, *map(str, shared), pass_fds=shared, process_group=0
+            )
+        try:
+            yield process, tie
+        finally:
+            tie.close()
+            try:
+                async with asyncio.timeout(patience):
+                    await process.wait()
+            except (TimeoutError, asyncio.CancelledError):
+                process.kill()
+                await process.wait()
+
+
+def _main(target: str, listener: str, tie: str) -> None:
+    settings = environment.read()
+    telemetry.set_up(settings)
+    with socket.socket(fileno=int(listener)) as shared, socket.socket(fileno=int(tie)) as parent:
+
+        def tell() -> None:
+            with suppress(OSError):
+                parent.send(b"1")
+
+        try:
+            asyncio.run(_work(target, shared, settings, tell, parent))
+        except SetupError as error:
+            log.error("%s", error)  # noqa: TRY400  the message says what to do; a traceback would bury it
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -36,7 +36,7 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
     )
 
 
-def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared: object) -> bool:  # noqa: ARG001, FBT001  Alembic's signature
+def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared: object) -> bool:  # noqa: ARG001  Alembic's signature
     # What operations build at run time carries this prefix and is recorded by them, not by migrations.
     return not (reflected and (name or "").startswith("pgrecall_run_"))
 
@@ -83,9 +83,8 @@ def run() -> None:
     if context.is_offline_mode():
         offline(options)
         return
-    with schema.migration_url(options) as url:
-        with database.sync_engine(url).connect() as connection:
-            online(connection, options)
+    with schema.migration_url(options) as url, database.sync_engine(url).connect() as connection:
+        online(connection, options)
 
 
 run()

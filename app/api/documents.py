@@ -28,7 +28,9 @@ Type = Annotated[str | None, Meta(description="A label to filter by, up to 128 b
 Title = Annotated[str | None, Meta(description="Shown with the document; not embedded.")]
 Labels = Annotated[dict[str, Any], Meta(description="JSON to filter by: up to 64 kB, 8 levels deep.")]
 CreatedAt = Annotated[datetime | None, Meta(description="With time zone. Left out: now, or what it was.")]
-Embedding = Annotated[list[float] | None, Meta(description="A vector of the database's model; the text is then one chunk.")]
+Embedding = Annotated[
+    list[float] | None, Meta(description="A vector of the database's model; the text is then one chunk.")
+]
 IfMatch = Annotated[str | None, Parameter(header="If-Match", description='Write only over this version, e.g. "3".')]
 IdPath = Annotated[str, Parameter(description="The id, percent-encoded; slashes may stand as they are.")]
 TenantQuery = Annotated[str, Parameter(query="tenant_id", description="Whose document.")]
@@ -181,7 +183,9 @@ def _summary(tenant_id: str, document: Document) -> dict[str, Any]:
     }
 
 
-async def _put(service: Service, tenant_id: str, drafts: Sequence[Draft], if_version: int | None = None) -> list[Outcome]:
+async def _put(
+    service: Service, tenant_id: str, drafts: Sequence[Draft], if_version: int | None = None
+) -> list[Outcome]:
     tenants.check(tenant_id)
     return await documents.put(
         service.database,
@@ -239,7 +243,10 @@ async def put_documents(
                     "two documents",
                     value=PutDocuments(
                         tenant_id="acme",
-                        documents=[Item(id="faq/password", content=_PUT.content), Item(id="faq/2fa", content="Use a key.")],
+                        documents=[
+                            Item(id="faq/password", content=_PUT.content),
+                            Item(id="faq/2fa", content="Use a key."),
+                        ],
                     ),
                 )
             ]

@@ -2,6 +2,7 @@
 
 from urllib.parse import quote, unquote_to_bytes
 
+from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import BadInput
@@ -21,7 +22,7 @@ class RawIds:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rewrite `path` where it names a document."""
-        if scope["type"] == "http":
+        if scope["type"] == ScopeType.HTTP:
             raw = scope.get("raw_path", b"").partition(b"?")[0]
             if raw.startswith(PREFIX) and len(raw) > len(PREFIX):
                 encoded = quote(unquote_to_bytes(raw[len(PREFIX) :]), safe="")

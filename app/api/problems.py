@@ -60,7 +60,9 @@ def _frameworks(error: HTTPException) -> ProblemDetailsException:
         if isinstance(fault, dict) and "message" in fault
     ]
     if faults:
-        detail = "; ".join(f"{fault['field']}: {fault['fault']}" if fault["field"] else fault["fault"] for fault in faults)
+        detail = "; ".join(
+            f"{fault['field']}: {fault['fault']}" if fault["field"] else fault["fault"] for fault in faults
+        )
         extra = {"field": faults[0]["field"], "faults": faults}
     return ProblemDetailsException(
         status_code=status,

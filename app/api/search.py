@@ -23,7 +23,9 @@ MAX_QUERY_BYTES = 32_000
 TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
 TopK = Annotated[int, Meta(ge=1, le=search.MAX_TOP_K, description="At most this many chunks.")]
 Threshold = Annotated[float, Meta(ge=-1, le=1, description="Least cosine similarity, in [-1, 1].")]
-DocType = Annotated[str | list[str] | None, Meta(description="This type, or one of these; an empty list matches nothing.")]
+DocType = Annotated[
+    str | list[str] | None, Meta(description="This type, or one of these; an empty list matches nothing.")
+]
 Metadata = Annotated[
     dict[str, Any],
     Meta(description="Conditions on metadata: equality, $in, $ne, $gt, $gte, $lt, $lte, $exists, $and, $or, $not."),

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from app.embedding import Embedder
+
 from app import model, schema
 from app.chat import ChatModel
 from app.database import Database
-from app.embedding import Embedder
 from app.schema import Readiness
 from app.settings import Settings
 

@@ -171,6 +171,7 @@ def test_filters_of_one_shape_share_a_statement(one, other):
     [
         [{"k": 1}, {"k": [1]}, {"a.b": 1}, {"a.b.c": 1}, {"k": {"$ne": 1}}, {"k": {"$exists": True}}],
         [{"k": {name: operand}} for name in filters.COMPARISONS for operand in (1, "1")],
+        [{"k": {"$in": list(range(filters.HASHED_FROM - less))}} for less in (0, 1)],
         [{"$and": [{"a": 1}, {"b": 1}]}, {"$or": [{"a": 1}, {"b": 1}]}, {"$not": {"a": 1, "b": 1}}],
     ],
 )
@@ -194,6 +195,10 @@ def test_parameters_are_numbered_and_are_json_text_or_plain_text():
 def test_the_statement_names_every_parameter_and_no_other():
     asked = {"a.b": {"$in": [1, [2]], "$gt": 0, "$lt": "x", "$exists": False}, "$or": [{"k": 1}, {"$not": {"l": "m"}}]}
     assert placeholders(parsed(asked)) == filters.values(parsed(asked)).keys()
+
+
+def test_strings_are_ordered_by_code_point_whatever_the_database_collates_by():
+    assert 'COLLATE "C") >= ' in sql(parsed({"k": {"$gte": "x"}}))
 
 
 def test_the_clause_stays_whole_when_its_text_is_put_beside_a_tenant():

@@ -1,0 +1,156 @@
+"""The command line: arguments in, exit status out."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from app import __version__, commands, demo, settings, telemetry, terminal
+from app.errors import PgrecallError
+from app.settings import Settings
+
+Command = Callable[[argparse.Namespace, Settings], int]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options and examples."""
+    made = argparse.ArgumentParser(
+        prog="pgrecall",
+        description="Retrieval and RAG inside PostgreSQL. Without DATABASE_URL an embedded PostgreSQL is used.",
+        epilog="`pgrecall COMMAND --help` shows examples. Settings: docs/settings.md and `pgrecall settings`.",
+    )
+    made.add_argument("--version", action="version", version=f"pgrecall {__version__}")
+    several = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Command, summary: str, *examples: str) -> argparse.ArgumentParser:
+        added = several.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    _serving(
+        command(
+            "serve",
+            commands.serve,
+            "Serve the API.",
+            "pgrecall serve",
+            "pgrecall serve --port 9000 --workers 2",
+            "DATABASE_URL=postgresql://service@db/app pgrecall serve --host 0.0.0.0 --insecure",
+        )
+    )
+    demonstrated = command(
+        "demo",
+        demo.demo,
+        "Ingest the Python reference, search it, ask about it, then serve.",
+        "pgrecall demo",
+        "pgrecall demo --once",
+    )
+    _serving(demonstrated)
+    demonstrated.add_argument("--once", action="store_true", help="stop after the answer")
+    _json(
+        command(
+            "migrate",
+            commands.migrate,
+            "Bring the database to this release's schema.",
+            "pgrecall migrate",
+            "PGRECALL_MIGRATION_URL=postgresql://owner@db/app pgrecall migrate --json",
+        )
+    )
+    made_roles = command(
+        "roles",
+        commands.apply_roles,
+        "Print, or apply, the SQL that makes the database roles.",
+        "pgrecall roles --login service | psql postgresql://postgres@db/app",
+        "pgrecall roles --apply --url postgresql://postgres@db/app --login service",
+    )
+    made_roles.add_argument("--apply", action="store_true", help="run the statements instead of printing them")
+    made_roles.add_argument(
+        "--login", help="login that may become the service's roles (default: the one in DATABASE_URL)"
+    )
+    made_roles.add_argument("--url", help="an administrator's URL, with --apply")
+    ingested = command(
+        "ingest",
+        commands.ingest,
+        "Store text, Markdown and JSONL files and folders as documents.",
+        "pgrecall ingest docs/ --tenant acme",
+        'pgrecall ingest faq.jsonl --tenant acme --doc-type faq --metadata \'{"lang": "en"}\'',
+    )
+    ingested.add_argument("path", nargs="+", type=Path, help="file or folder; ids are paths below the folder")
+    ingested.add_argument("--tenant", required=True, help="whose documents they become")
+    ingested.add_argument("--doc-type", help="type of the documents that name none")
+    ingested.add_argument("--metadata", help="JSON object for every document")
+    _json(ingested)
+    for name, run, summary in (
+        ("search", commands.find, "Find the chunks most similar to a question."),
+        ("ask", commands.ask, "Answer a question from the documents, citing them."),
+    ):
+        asked = command(
+            name,
+            run,
+            summary,
+            f'pgrecall {name} "How do I reset my password?" --tenant acme',
+            f'pgrecall {name} "late delivery" --tenant acme --doc-type faq --metadata \'{{"lang": "en"}}\' --json',
+        )
+        asked.add_argument("query", help="the question")
+        asked.add_argument("--tenant", required=True, help="whose documents are searched")
+        asked.add_argument("--top-k", type=_whole(1, 100), default=5, metavar="N", help="at most so many chunks (5)")
+        asked.add_argument("--threshold", type=float, metavar="S", help="least cosine similarity, -1 to 1")
+        asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
+        asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
+        _json(asked)
+    _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
+    _json(
+        command(
+            "status",
+            commands.status,
+            "Show schema, model and documents per tenant.",
+            "pgrecall status",
+            "pgrecall status --json",
+        )
+    )
+    return made
+
+
+def _serving(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    added.add_argument("--port", type=_whole(0, 65_535), default=8000, help="port, 0 for a free one (8000)")
+    added.add_argument("--workers", type=_whole(1, 64), default=1, metavar="N", help="server processes (1)")
+    added.add_argument("--insecure", action="store_true", help="listen on an address others can reach, without keys")
+
+
+def _json(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. 0 done, 1 done in part, 2 refused, 130 interrupted."""
+    asked = parser().parse_args(arguments)
+    try:
+        config = settings.read()
+        telemetry.set_up(config)
+        run: Command = asked.run
+        return run(asked, config)
+    except PgrecallError as error:
+        terminal.say(f"pgrecall: {error}")
+        return 2
+    except KeyboardInterrupt:
+        terminal.say("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

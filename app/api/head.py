@@ -1,0 +1,101 @@
+"""Request heads that come too slowly or are too large."""
+
+import asyncio
+from http import HTTPStatus
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD = 65_536
+"""Bytes of a request line with its headers."""
+
+KEEP_ALIVE = 75
+"""Seconds an idle connection is kept; more than the usual 60 of the proxies in front, so that they close first."""
+
+
+class HeadLimits(HttpToolsProtocol):
+    """A uvicorn connection that must bring the head of each request in time and within MAX_HEAD bytes.
+
+    uvicorn has neither limit (issue 157 there): its one time-out is for idle connections, and any byte ends that.
+    """
+
+    def __init__(self, header_timeout: float, **given: object) -> None:
+        super().__init__(**given)  # type: ignore[arg-type]
+        self._header_timeout = header_timeout
+        self._deadline: asyncio.TimerHandle | None = None
+        self._in_head = False
+        self._told = self._held = 0
+
+    def _expect_head(self, seconds: float | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect the first head."""
+        super().connection_made(transport)
+        self._expect_head(self._header_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        self._expect_head(None)
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """Expect the rest of the head that begins; the first one has been expected since the connection was made."""
+        super().on_message_begin()
+        self._in_head = True
+        self._told = self._held = 0
+        if self.cycle is not None:
+            self._expect_head(self._header_timeout)
+
+    def on_headers_complete(self) -> None:
+        """Expect nothing: the body is the application's to wait for."""
+        self._in_head = False
+        self._expect_head(None)
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """Expect another request; what is left of a body that was not read has to be over by then, too."""
+        super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self._expect_head(KEEP_ALIVE)
+
+    def on_url(self, url: bytes) -> None:
+        """Count a piece of the request line."""
+        super().on_url(url)
+        self._tell(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header."""
+        super().on_header(name, value)
+        self._tell(len(name) + len(value) + len(": \r\n"))
+
+    def _tell(self, size: int) -> None:
+        self._told += size
+        if self._told > MAX_HEAD:
+            raise ValueError  # for the parser, which makes it the error that send_400_response answers
+
+    def data_received(self, data: bytes) -> None:
+        """Count what the parser holds back: it tells of a header when it is whole, and one may never end."""
+        in_head = self._in_head
+        super().data_received(data)
+        if in_head and self._in_head and not self.transport.is_closing():
+            self._held += len(data)
+            if self._held > MAX_HEAD:
+                self.send_400_response("")
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request with a problem (RFC 9457) and hang up."""
+        status, detail = HTTPStatus.BAD_REQUEST, msg
+        if max(self._told, self._held) > MAX_HEAD:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            detail = f"request line and headers are too large; allowed: at most {MAX_HEAD} bytes"
+        problem = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail}
+        body = msgspec.json.encode(problem)
+        self.transport.write(
+            f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/problem+json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+            + body
+        )
+        self.transport.close()

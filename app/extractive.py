@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from sentencex import segment
@@ -19,6 +20,8 @@ FALL = 0.15
 """How much less similar than the best sentence a further one may be."""
 SAME = 0.92
 """Cosine similarity from which on two sentences say the same."""
+UNENDED = 0.05
+"""What a sentence without an end loses: often a heading or an introduction to something that is not quoted."""
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
 _UNDERLINE = re.compile(r"^[ \t]*([=\-~^*#\"'+_])\1{2,}[ \t]*$")
@@ -26,13 +29,12 @@ _HEADING = re.compile(r"^[ \t]*#{1,6}[ \t]")
 _TABLE = re.compile(r"^[ \t]*[|+][-=|+ :]|\|.*\|")
 _ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+")
 _QUOTE = re.compile(r"^[ \t]*(?:>[ \t]?)+")
+_ENDED = re.compile("[.!\u2026\u3002\uff01\uff0e][)\\]\"'\u201d\u2019\u00bb*_]*(?: ?\\[\\d+\\])?$")
 
 
-P=0.05
-_ENDED = re.compile(r"[.!…。！．][)\]\"'”’»*_]*(?: \[\d+\])?$")
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A sentence of the answer and the position of the text it was taken from."""
+    """A sentence of the answer; `text` is the position of the text it was taken from."""
 
     content: str
     text: int
@@ -44,18 +46,18 @@ async def extract(embedder: Embedder, question: str, texts: Sequence[str], thres
     `texts` come best first. The sentences are ordered by the text of the best one, each text in its own order; there
     are none where nothing is similar enough. Raises EmbeddingFailed.
     """
-    found = list(dict.fromkeys((sentence, index) for index, text in enumerate(texts) for sentence in sentences(text)))
-    first: dict[str, int] = {}
-    for sentence, index in found:
-        first.setdefault(sentence, index)
-    candidates = [Sentence(content, index) for content, index in list(first.items())[:CANDIDATES]]
-    counts = embedder.count_tokens([sentence.content for sentence in candidates])
-    candidates = [s for s, count in zip(candidates, counts, strict=True) if count <= embedder.max_tokens]
-    if not candidates:
+    found: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        for sentence in sentences(text):
+            found.setdefault(sentence, index)  # chunks overlap: a sentence belongs to the best of them
+    contents = list(islice(found, CANDIDATES))
+    counts = embedder.count_tokens(contents)
+    contents = [content for content, count in zip(contents, counts, strict=True) if count <= embedder.max_tokens]
+    if not contents:
         return []
-    vectors = await embedder.embed([sentence.content for sentence in candidates], "document")
-    similarities = vectors @ (await embedder.embed([question], "query"))[0]
-    similarities -= np.array([0 if _ENDED.search(sentence.content) else P for sentence in candidates])
+    vectors = await embedder.embed(contents, "document")
+    (query,) = await embedder.embed([question], "query")
+    similarities = vectors @ query - [0.0 if _ENDED.search(content) else UNENDED for content in contents]
     floor = max(threshold, float(similarities.max()) - FALL)
     chosen: list[int] = []
     for index in np.argsort(-similarities, kind="stable").tolist():
@@ -63,15 +65,18 @@ async def extract(embedder: Embedder, question: str, texts: Sequence[str], thres
             break
         if not chosen or float((vectors[chosen] @ vectors[index]).max()) < SAME:
             chosen.append(index)
-    order = {candidates[index].text: position for position, index in reversed(list(enumerate(chosen)))}
-    return [candidates[index] for index in sorted(chosen, key=lambda index: (order[candidates[index].text], index))]
+    rank: dict[int, int] = {}
+    for position, index in enumerate(chosen):
+        rank.setdefault(found[contents[index]], position)
+    answer = [Sentence(contents[index], found[contents[index]]) for index in sorted(chosen)]
+    return sorted(answer, key=lambda sentence: rank[sentence.text])
 
 
 def sentences(text: str) -> Iterator[str]:
     """The sentences of a text that can be quoted: no headings, tables, code or questions; white space made single."""
     for paragraph in _paragraphs(_FENCE.sub("\n\n", text)):
         for sentence in segment("en", paragraph):
-            line = " ".join(sentence.split())
+            line = " ".join(sentence.split()).strip("*")
             if _quotable(line):
                 yield line
 
@@ -86,8 +91,11 @@ def _paragraphs(text: str) -> Iterator[str]:
             continue
         breaks = not content.strip() or _HEADING.match(content) or _TABLE.search(content)
         item = _ITEM.match(content)
-        if (breaks or item) and lines:
-            yield "\n".join(lines)
+        if breaks or item:
+            paragraph = "\n".join(lines)
+            code = all(line.startswith(("   ", "\t")) for line in lines) and not _ENDED.search(paragraph)
+            if not code:
+                yield paragraph
             lines = []
         if not breaks:
             lines.append(content[item.end() :] if item else content)

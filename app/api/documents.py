@@ -13,7 +13,7 @@ from litestar.params import Body, Parameter
 from msgspec import Meta, Struct
 
 from app import documents, tenants
-from app.api.paths import document_id
+from app.api.paths import decoded
 from app.api.search import After, Before, TenantId, conditions
 from app.api.service import Service
 from app.documents import Document, Outcome
@@ -199,7 +199,7 @@ async def _put(
 
 
 @put(
-    "/documents/{encoded_id:str}",
+    "/documents/{document_id:str}",
     operation_id="put_document",
     summary="Store one document",
     tags=["documents"],
@@ -210,14 +210,14 @@ async def _put(
 )
 async def put_document(
     service: NamedDependency[Service],
-    encoded_id: IdPath,
+    document_id: IdPath,
     data: Annotated[PutDocument, Body(examples=[Example("a document", value=_PUT)])],
     if_match: IfMatch = None,
 ) -> Response[Stored]:
     """Cut, embed and store. The same document again writes nothing; unchanged chunks keep their rows."""
     fields = msgspec.structs.asdict(data)
     tenant_id = fields.pop("tenant_id")
-    (outcome,) = await _put(service, tenant_id, [Draft(id=document_id(encoded_id), **fields)], _version(if_match))
+    (outcome,) = await _put(service, tenant_id, [Draft(id=decoded(document_id), **fields)], _version(if_match))
     status = 201 if outcome.status == "created" else 200
     return Response(_stored(outcome), status_code=status, headers={"ETag": f'"{outcome.version}"'})
 
@@ -259,17 +259,17 @@ async def put_documents(
 
 
 @get(
-    "/documents/{encoded_id:str}",
+    "/documents/{document_id:str}",
     operation_id="get_document",
     summary="Read one document whole",
     tags=["documents"],
     responses={200: ResponseSpec(DocumentWhole, description="The document", examples=[Example("read", value=_WHOLE)])},
 )
 async def get_document(
-    service: NamedDependency[Service], encoded_id: IdPath, tenant_id: TenantQuery
+    service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery
 ) -> Response[DocumentWhole]:
     """The text exactly as it was put, with the places of its chunks."""
-    document = await documents.get(service.database, tenants.check(tenant_id), document_id(encoded_id))
+    document = await documents.get(service.database, tenants.check(tenant_id), decoded(document_id))
     whole = DocumentWhole(
         **_summary(tenant_id, document),
         content=document.content or "",
@@ -330,18 +330,18 @@ async def list_documents(
 
 
 @delete(
-    "/documents/{encoded_id:str}",
+    "/documents/{document_id:str}",
     operation_id="delete_document",
     summary="Delete one document",
     tags=["documents"],
     status_code=204,
 )
 async def delete_document(
-    service: NamedDependency[Service], encoded_id: IdPath, tenant_id: TenantQuery, if_match: IfMatch = None
+    service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery, if_match: IfMatch = None
 ) -> None:
     """Text, chunks and vectors go in one transaction."""
     await documents.remove(
-        service.database, tenants.check(tenant_id), document_id(encoded_id), if_version=_version(if_match)
+        service.database, tenants.check(tenant_id), decoded(document_id), if_version=_version(if_match)
     )
 
 

@@ -30,7 +30,7 @@ class RawIds:
         await self._app(scope, receive, send)
 
 
-def document_id(segment: str) -> str:
+def decoded(segment: str) -> str:
     """The id a path segment stands for. Raises BadInput unless it is UTF-8."""
     try:
         return unquote_to_bytes(segment).decode()

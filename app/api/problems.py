@@ -6,7 +6,10 @@ from http import HTTPStatus
 from typing import Any
 
 from litestar.exceptions import HTTPException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
 from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
+from msgspec import Struct
 
 from app import errors
 
@@ -83,6 +86,37 @@ def _unexpected(error: Exception) -> ProblemDetailsException:
         detail="something unexpected went wrong; the log has it under this request's X-Request-ID",
     )
 
+
+class Problem(Struct, omit_defaults=True):
+    """RFC 9457. `field` names the value at fault, where one is."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    field: str | None = None
+
+
+def _documented(status: HTTPStatus, error: errors.PgrecallError) -> ResponseSpec:
+    found = _ours(error)
+    example = Problem(found.type_ or "", found.title or "", status, found.detail, getattr(error, "field", None))
+    return ResponseSpec(
+        Problem,
+        description=status.phrase,
+        media_type="application/problem+json",
+        generate_examples=False,
+        examples=[Example(status.phrase, value=example)],
+    )
+
+
+DOCUMENTED = {
+    status.value: _documented(status, error)
+    for status, error in (
+        (HTTPStatus.BAD_REQUEST, errors.BadInput("top_k", "Expected `int` <= 100")),
+        (HTTPStatus.SERVICE_UNAVAILABLE, errors.PoolExhausted()),
+    )
+}
+"""Problems any route may answer with; the rest differ in `type` and `status` only."""
 
 plugin = ProblemDetailsPlugin(
     ProblemDetailsConfig(

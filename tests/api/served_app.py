@@ -1,4 +1,4 @@
-"""A small application and a program that serves it, for test_server.py; `log` holds what happened, a line each."""
+"""A small application, and a program that serves it, for test_server.py. What happened stands in SERVED_LOG, a line each."""
 
 import asyncio
 import os
@@ -12,10 +12,12 @@ from litestar import Litestar, Request, get, post
 from litestar.response import ServerSentEvent
 
 from app import server, telemetry
+from app.api import problems
+from app.api.body import BodyGuard
 from app.errors import SetupError
 from app.settings import read
 
-TARGET = f"{__name__ if __name__ != '__main__' else 'tests.api.served_app'}:create_app"
+BODY_LIMIT = 1_000_000
 
 
 def note(line: str) -> None:
@@ -25,6 +27,8 @@ def note(line: str) -> None:
 
 @asynccontextmanager
 async def lifespan(_: Litestar) -> AsyncIterator[None]:
+    note("opening")
+    await asyncio.sleep(float(os.environ.get("SERVED_OPENING", "0")))
     if fault := os.environ.get("SERVED_FAULT"):
         raise SetupError(fault)
     note("opened")
@@ -67,25 +71,34 @@ async def stream() -> ServerSentEvent:
     return ServerSentEvent(tokens())
 
 
-@get("/path")
+@get(["/path", "/path/{rest:path}"])
 async def path(request: Request[Any, Any, Any]) -> str:
     return request.scope["raw_path"].decode()
 
 
 def create_app() -> Litestar:
-    return Litestar([pid, slow, length, stream, path], lifespan=[lifespan], openapi_config=None, logging_config=None)
+    return Litestar(
+        [pid, slow, length, stream, path],
+        lifespan=[lifespan],
+        middleware=[BodyGuard(read().body_timeout)],
+        plugins=[problems.plugin],
+        request_max_body_size=BODY_LIMIT,
+        openapi_config=None,
+        logging_config=None,
+    )
 
 
-def main(port: str, workers: str) -> int:
+def main(workers: str) -> int:
     settings = read()
     telemetry.set_up(settings)
-
-    def started(address: str) -> None:
-        print(address, flush=True)
-
     try:
         return server.serve(
-            TARGET, host="127.0.0.1", port=int(port), workers=int(workers), settings=settings, on_started=started
+            "tests.api.served_app:create_app",
+            host="127.0.0.1",
+            port=0,
+            workers=int(workers),
+            settings=settings,
+            on_started=lambda address: print(address, flush=True),
         )
     except SetupError as error:
         print(error, file=sys.stderr)

@@ -1,0 +1,239 @@
+"""The document routes: what they take, what they answer, what they refuse."""
+
+import json
+from urllib.parse import quote
+
+import pytest
+
+TEXT = "To reset your password, open Settings and choose Security. Then confirm by mail."
+
+
+async def put(client, document_id="faq/1", **changes):
+    body = {"tenant_id": "acme", "content": TEXT} | changes
+    return await client.put(f"/documents/{quote(document_id, safe='')}", json=body)
+
+
+def problem(response, status, *, field=None):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/problem+json")
+    body = response.json()
+    assert body["status"] == status
+    assert body["type"].startswith("urn:pgrecall:problem:")
+    assert body["title"]
+    assert body["detail"]
+    assert "psycopg" not in response.text
+    assert "sqlalchemy" not in response.text.lower()
+    if field is not None:
+        assert body["field"] == field
+    return body
+
+
+async def test_put_says_created_then_unchanged_then_updated(client):
+    first = await put(client, metadata={"lang": "en"})
+    assert first.status_code == 201
+    assert first.headers["etag"] == '"1"'
+    assert first.json() == {
+        "id": "faq/1",
+        "status": "created",
+        "version": 1,
+        "chunks": {"embedded": 1, "reused": 0, "removed": 0},
+    }
+    again = await put(client, metadata={"lang": "en"})
+    assert (again.status_code, again.json()["status"]) == (200, "unchanged")
+    labelled = await put(client, metadata={"lang": "de"})
+    assert (labelled.status_code, labelled.json()["status"], labelled.json()["chunks"]["embedded"]) == (200, "updated", 0)
+
+
+@pytest.mark.parametrize(
+    "document_id",
+    ["plain", "a/b/c", "a//b", "/leading", "trailing/", "../up", "./x", ".", "with space", "ünïcödé/文档", "50%", "a?b#c", "a+b", "'; drop"],
+)
+async def test_ids_of_any_kind_work_on_every_route(client, document_id):
+    assert (await put(client, document_id)).status_code == 201
+    path = f"/documents/{quote(document_id, safe='')}"
+    read = await client.get(path, params={"tenant_id": "acme"})
+    assert (read.status_code, read.json()["id"], read.json()["content"]) == (200, document_id, TEXT)
+    listed = (await client.get("/documents", params={"tenant_id": "acme"})).json()
+    assert [d["id"] for d in listed["documents"]] == [document_id]
+    found = await client.post("/search", json={"tenant_id": "acme", "query": "password"})
+    assert [hit["id"] for hit in found.json()["results"]] == [document_id]
+    assert (await client.delete(path, params={"tenant_id": "acme"})).status_code == 204
+    problem(await client.get(path, params={"tenant_id": "acme"}), 404)
+
+
+async def test_slashes_may_stand_as_they_are(client):
+    await put(client, "guide/intro.md")
+    read = await client.get("/documents/guide/intro.md", params={"tenant_id": "acme"})
+    assert read.json()["id"] == "guide/intro.md"
+
+
+async def test_an_id_that_is_not_utf8_is_refused(client):
+    problem(await client.get("/documents/%ff", params={"tenant_id": "acme"}), 400, field="id")
+
+
+async def test_get_returns_the_whole_text_and_the_places_of_its_chunks(client):
+    text = " ".join(f"Sentence {n} says something about the number {n} and its friends." for n in range(120))
+    await put(client, content=text, title="Numbers", doc_type="note", created_at="2024-05-01T10:00:00+02:00")
+    body = (await client.get("/documents/faq/1", params={"tenant_id": "acme"})).json()
+    assert body["content"] == text
+    assert body["title"] == "Numbers"
+    assert body["created_at"] in ("2024-05-01T08:00:00Z", "2024-05-01T08:00:00+00:00")
+    assert body["state"] == "ready"
+    assert body["chunk_count"] == len(body["chunks"]) > 1
+    assert [c["chunk_index"] for c in body["chunks"]] == list(range(len(body["chunks"])))
+    assert body["chunks"][0]["start_offset"] == 0
+
+
+async def test_a_batch_is_all_or_nothing_and_names_the_item(client):
+    good = {"id": "good", "content": "fine"}
+    response = await client.post(
+        "/documents", json={"tenant_id": "acme", "documents": [good, {"id": "bad", "content": " "}]}
+    )
+    problem(response, 400, field="documents[1].content")
+    assert (await client.get("/documents", params={"tenant_id": "acme"})).json() == {"documents": [], "next": None}
+    response = await client.post("/documents", json={"tenant_id": "acme", "documents": [good]})
+    assert response.status_code == 200
+    assert response.json()["documents"][0]["status"] == "created"
+
+
+async def test_a_batch_has_at_most_1000_items(client):
+    items = [{"id": f"d{n}", "content": "x"} for n in range(1_001)]
+    body = problem(await client.post("/documents", json={"tenant_id": "acme", "documents": items}), 400, field="documents")
+    assert "1 to 1,000" in body["detail"]
+    problem(await client.post("/documents", json={"tenant_id": "acme", "documents": []}), 400, field="documents")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "field"),
+    [
+        ({"content": ""}, 400, "content"),
+        ({"content": "a\0b"}, 400, "content"),
+        ({"content": 5}, 400, "content"),
+        ({"content": None}, 400, "content"),
+        ({"metadata": []}, 400, "metadata"),
+        ({"metadata": {"k": "\0"}}, 400, "metadata.k"),
+        ({"metadata": {"k": "x" * 64_000}}, 413, "metadata"),
+        ({"doc_type": "x" * 129}, 413, "doc_type"),
+        ({"created_at": "2020-01-01T00:00:00"}, 400, "created_at"),
+        ({"created_at": "yesterday"}, 400, "created_at"),
+        ({"embedding": [1.0]}, 400, "embedding"),
+        ({"embedding": ["x"]}, 400, None),
+        ({"embedding": [0.0] * 64}, 400, "embedding"),
+        ({"embedding": [1e300] * 64}, 400, "embedding[0]"),
+        ({"tenant_id": "no spaces"}, 400, "tenant_id"),
+        ({"tenant_id": ""}, 400, "tenant_id"),
+        ({"tenant_id": "x" * 129}, 400, "tenant_id"),
+        ({"contant": "misspelt"}, 400, None),
+    ],
+)
+async def test_bad_input_is_a_problem_that_names_the_field_and_nothing_is_written(client, owner, change, status, field):
+    problem(await put(client, **change), status, field=field)
+    assert owner.execute("select count(*) from sources").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"tenant_id": "acme"}',
+        b'{"tenant_id": "acme", "content": NaN}',
+        b'{"tenant_id": "acme", "content": "x", "embedding": [NaN]}',
+        b'{"tenant_id": "acme", "content": "\xff"}',
+        b'{"tenant_id": "acme", "content": "\\ud800"}',
+        b'{"tenant_id": "acme", "content": "x", "metadata": {"k": "\\udc00"}}',
+    ],
+)
+async def test_bodies_that_are_no_document_are_refused(client, owner, body):
+    response = await client.put("/documents/a", content=body, headers={"content-type": "application/json"})
+    problem(response, 400)
+    assert owner.execute("select count(*) from sources").fetchone() == (0,)
+
+
+async def test_a_text_over_10_mb_and_a_body_over_the_limit_are_413(client):
+    assert "10,000,000" in problem(await put(client, content="word " * 2_000_001), 413, field="content")["detail"]
+    problem(await put(client, content="x" * 16_000_001), 413)
+
+
+async def test_too_many_tokens_for_one_request_are_413(client, app):
+    body = problem(await put(client, content="alpha beta gamma. " * 90_000), 413)
+    assert "PGRECALL_REQUEST_TOKENS" in body["detail"]
+
+
+async def test_if_match_guards_put_and_delete(client):
+    await put(client)
+    path = "/documents/faq%2F1"
+    body = {"tenant_id": "acme", "content": "two"}
+    assert (await client.put(path, json=body, headers={"If-Match": '"1"'})).headers["etag"] == '"2"'
+    problem(await client.put(path, json=body | {"content": "three"}, headers={"If-Match": '"1"'}), 412)
+    problem(await client.put("/documents/new", json=body, headers={"If-Match": '"1"'}), 412)
+    problem(await client.put(path, json=body, headers={"If-Match": "banana"}), 400, field="If-Match")
+    problem(await client.delete(path, params={"tenant_id": "acme"}, headers={"If-Match": '"1"'}), 412)
+    assert (await client.delete(path, params={"tenant_id": "acme"}, headers={"If-Match": '"2"'})).status_code == 204
+
+
+async def test_pages_are_keyset_and_filters_apply(client):
+    items = [
+        {"id": f"d{n:02}", "content": f"text {n}", "metadata": {"n": n}, "doc_type": "even" if n % 2 == 0 else "odd"}
+        for n in range(7)
+    ]
+    await client.post("/documents", json={"tenant_id": "acme", "documents": items})
+    first = (await client.get("/documents", params={"tenant_id": "acme", "limit": 3})).json()
+    assert [d["id"] for d in first["documents"]] == ["d00", "d01", "d02"]
+    assert "content" not in first["documents"][0]
+    second = (await client.get("/documents", params={"tenant_id": "acme", "limit": 3, "after": first["next"]})).json()
+    third = (await client.get("/documents", params={"tenant_id": "acme", "limit": 3, "after": second["next"]})).json()
+    assert ([d["id"] for d in third["documents"]], third["next"]) == (["d06"], None)
+    filters = {"tenant_id": "acme", "doc_type": "even", "metadata": json.dumps({"n": {"$gt": 2}})}
+    assert [d["id"] for d in (await client.get("/documents", params=filters)).json()["documents"]] == ["d04", "d06"]
+    both = {"tenant_id": "acme", "doc_type": ["even", "odd"]}
+    assert len((await client.get("/documents", params=both)).json()["documents"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"limit": 0}, "limit"),
+        ({"limit": 1_001}, "limit"),
+        ({"limit": "x"}, "limit"),
+        ({"metadata": "{"}, "metadata"),
+        ({"metadata": '{"$foo": 1}'}, None),
+        ({"created_after": "soon"}, "created_after"),
+        ({"created_after": "2020-01-01T00:00:00"}, "created_after"),
+        ({"after": "\0"}, "after"),
+    ],
+)
+async def test_bad_parameters_are_named(client, params, field):
+    problem(await client.get("/documents", params={"tenant_id": "acme"} | params), 400, field=field)
+
+
+async def test_the_tenant_is_required_everywhere(client):
+    problem(await client.get("/documents"), 400, field="tenant_id")
+    problem(await client.get("/documents/a"), 400, field="tenant_id")
+    problem(await client.delete("/documents/a"), 400, field="tenant_id")
+    problem(await client.post("/search", json={"query": "x"}), 400)
+
+
+async def test_delete_by_filter_needs_one_and_counts(client):
+    items = [{"id": f"d{n}", "content": f"text {n}", "metadata": {"n": n}} for n in range(5)]
+    await client.post("/documents", json={"tenant_id": "acme", "documents": items})
+    problem(await client.delete("/documents", params={"tenant_id": "acme"}), 400)
+    response = await client.delete("/documents", params={"tenant_id": "acme", "metadata": '{"n": {"$in": [1, 2]}}'})
+    assert response.json() == {"deleted": 2}
+
+
+async def test_a_failing_embedder_is_a_502_without_its_words(client, openai, owner):
+    openai.fail("status", status=400, times=20)
+    problem(await put(client), 502)
+    assert owner.execute("select count(*) from sources").fetchone() == (0,)
+
+
+async def test_one_tenant_never_sees_the_others_document(client):
+    await put(client)
+    not_theirs = await client.get("/documents/faq%2F1", params={"tenant_id": "umbra"})
+    not_there = await client.get("/documents/faq%2F1", params={"tenant_id": "nobody"})
+    assert problem(not_theirs, 404)["detail"].replace("umbra", "x") == problem(not_there, 404)["detail"].replace("nobody", "x")
+    problem(await client.delete("/documents/faq%2F1", params={"tenant_id": "umbra"}), 404)
+    assert (await client.post("/search", json={"tenant_id": "umbra", "query": "password"})).json()["results"] == []

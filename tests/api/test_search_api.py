@@ -1,0 +1,130 @@
+"""POST /search: filters, thresholds, limits and honest answers."""
+
+import pytest
+
+from tests.api.test_documents_api import problem
+
+
+@pytest.fixture
+async def corpus(client):
+    documents = [
+        {
+            "id": f"{kind}-{lang}",
+            "content": f"{topic} is described here in {lang}.",
+            "doc_type": kind,
+            "metadata": {"lang": lang, "year": year},
+            "created_at": f"{year}-06-01T00:00:00Z",
+        }
+        for kind, topic, year in (("faq", "password reset", 2021), ("manual", "engine repair", 2022), ("note", "garden birds", 2023))
+        for lang in ("en", "de")
+    ]
+    await client.post("/documents", json={"tenant_id": "acme", "documents": documents})
+    return documents
+
+
+async def search(client, **body):
+    response = await client.post("/search", json={"tenant_id": "acme", "query": "password reset"} | body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def test_the_most_similar_come_first_with_everything_a_caller_needs(client, corpus):
+    body = await search(client, top_k=3)
+    assert body["count"] == 3
+    assert body["scan"] == {"strategy": "exact", "completed": False, "full": True}
+    first = body["results"][0]
+    assert set(first) == {"id", "chunk_index", "content", "similarity", "doc_type", "metadata", "created_at", "start_offset"}
+    assert first["doc_type"] == "faq"
+    assert (first["chunk_index"], first["start_offset"]) == (0, 0)
+    similarities = [hit["similarity"] for hit in body["results"]]
+    assert similarities == sorted(similarities, reverse=True)
+    assert all(-1 <= s <= 1.000001 for s in similarities)
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"doc_type": "faq"}, {"faq-en", "faq-de"}),
+        ({"doc_type": ["faq", "note"], "metadata": {"lang": "en"}}, {"faq-en", "note-en"}),
+        ({"doc_type": []}, set()),
+        ({"metadata": {"year": {"$gte": 2022}}}, {"manual-en", "manual-de", "note-en", "note-de"}),
+        ({"metadata": {"$not": {"lang": "en"}, "year": 2021}}, {"faq-de"}),
+        ({"created_after": "2022-06-01T00:00:00Z", "created_before": "2023-06-01T00:00:00Z"}, {"manual-en", "manual-de"}),
+        ({"metadata": {}}, {"faq-en", "faq-de", "manual-en", "manual-de", "note-en", "note-de"}),
+    ],
+)
+async def test_filters_narrow(client, corpus, filters, expected):
+    assert {hit["id"] for hit in (await search(client, **filters))["results"]} == expected
+
+
+async def test_threshold_is_cosine_similarity(client, corpus):
+    every = (await search(client))["results"]
+    cut = every[2]["similarity"]
+    assert [h["id"] for h in (await search(client, threshold=cut))["results"]] == [
+        h["id"] for h in every if h["similarity"] >= cut
+    ]
+
+
+async def test_a_vector_of_ones_own_may_be_searched_with(client, corpus, openai):
+    asked = len(openai.calls)
+    body = await search(client, query=None, embedding=[1.0] * 64)
+    assert body["count"] == 6
+    assert len(openai.calls) == asked
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"query": ""}, "query"),
+        ({"query": "  "}, "query"),
+        ({"query": "a\0"}, "query"),
+        ({"query": "x", "embedding": [1.0] * 64}, "query"),
+        ({"query": None}, "query"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 101}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"threshold": "high"}, "threshold"),
+        ({"query": None, "embedding": [1.0] * 63}, "embedding"),
+        ({"query": None, "embedding": [0.0] * 64}, "embedding"),
+        ({"doc_type": 5}, "doc_type"),
+        ({"doc_type": ["a\0"]}, "doc_type[0]"),
+        ({"metadata": {"a": {"$foo": 1}}}, "metadata.a"),
+        ({"created_before": "2020-01-01T00:00:00"}, "created_before"),
+        ({"tenant_id": "a b"}, "tenant_id"),
+        ({"limit": 5}, None),
+    ],
+)
+async def test_bad_requests_name_the_field(client, change, field):
+    body = {"tenant_id": "acme", "query": "x"} | change
+    problem(await client.post("/search", json=body), 400, field=field)
+
+
+async def test_an_unknown_operator_lists_the_known_ones(client):
+    response = await client.post("/search", json={"tenant_id": "acme", "query": "x", "metadata": {"a": {"$regex": "x"}}})
+    assert "$exists" in problem(response, 400)["detail"]
+
+
+async def test_an_exhausted_pool_is_a_503_with_retry_after(client, app, settings):
+    database = app.state.service.database
+    held = [await database._engine.connect() for _ in range(settings.pool_size)]
+    database._engine.sync_engine.pool._timeout = 0.2
+    try:
+        response = await client.post("/search", json={"tenant_id": "acme", "embedding": [1.0] * 64})
+        problem(response, 503)
+        assert int(response.headers["retry-after"]) >= 1
+    finally:
+        for connection in held:
+            await connection.close()
+
+
+async def test_a_search_after_the_server_cut_every_connection_works(client, corpus, cluster, database_name):
+    import psycopg
+
+    await search(client)
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        admin.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s and pid <> pg_backend_pid()",
+            (database_name,),
+        )
+    assert (await search(client))["count"] == 6

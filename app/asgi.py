@@ -60,7 +60,6 @@ def create_app(settings: Settings | None = None) -> Litestar:
         dependencies={"service": Provide(_service, sync_to_thread=False)},
         lifespan=[partial(_opened, settings=settings)],
         plugins=[problems.plugin],
-        responses=problems.DOCUMENTED,
         middleware=[BodyGuard(settings.body_timeout)],
         request_max_body_size=MAX_BODY,
         openapi_config=OpenAPIConfig(

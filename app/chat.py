@@ -3,15 +3,15 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, cast
-
-import openai
-from openai import AsyncOpenAI, AsyncStream
-from openai.types import CompletionUsage
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from app.errors import ChatFailed
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from openai import AsyncStream
+    from openai.types import CompletionUsage
+    from openai.types.chat import ChatCompletionChunk
 
 OPENAI_URL = "https://api.openai.com/v1"
 RETRIES = 2
@@ -77,18 +77,22 @@ class OpenAIChat:
     def __init__(
         self, model: str, *, base_url: str | None, api_key: str | None, timeout: float, answer_tokens: int
     ) -> None:
+        import openai  # noqa: PLC0415 - takes 0.6 s, which nobody pays who asks no chat model
+
         self.model = model
         self._timeout = timeout
         # OpenAI's newer models refuse max_tokens; Ollama, LM Studio and older servers know nothing else.
         limit = "max_completion_tokens" if base_url is None else "max_tokens"
         self._options: dict[str, Any] = {limit: answer_tokens, "stream_options": {"include_usage": True}}
         # Everything is given, so that the client takes nothing from the environment behind the settings' back.
-        self._client = AsyncOpenAI(
+        self._client = openai.AsyncOpenAI(
             api_key=api_key or "none", base_url=base_url or OPENAI_URL, timeout=timeout, max_retries=RETRIES
         )
 
     async def reply(self, messages: Sequence[Message]) -> AsyncGenerator[str | Usage]:
         """See ChatModel."""
+        import openai  # noqa: PLC0415 - as above
+
         usage, finish, empty = None, None, True
         try:
             async with asyncio.timeout(self._timeout):
@@ -108,7 +112,7 @@ class OpenAIChat:
         except (openai.OpenAIError, TimeoutError, ValueError, AttributeError) as error:
             raise ChatFailed(_fault(error, self._timeout)) from None
         if finish is None:
-            raise ChatFailed("the chat model's server ended its answer before it was finished")
+            raise ChatFailed("the chat model's server broke its answer off, or does not stream: see OPENAI_BASE_URL")
         if empty:
             reason = (
                 "spent PGRECALL_RAG_ANSWER_TOKENS before it said anything" if finish == "length" else "said nothing"
@@ -121,16 +125,17 @@ class OpenAIChat:
         """Close the connections."""
         await self._client.close()
 
-    async def _open(self, messages: Sequence[Message]) -> AsyncStream[ChatCompletionChunk]:
+    async def _open(self, messages: Sequence[Message]) -> "AsyncStream[ChatCompletionChunk]":
         """Start the answer; a server that refuses one of our options is asked again without it, now and later."""
+        import openai  # noqa: PLC0415 - as above
+
         options = self._options
         while True:
             try:
+                # Any: the client knows one class for each role.
+                said: list[Any] = [asdict(message) for message in messages]
                 stream: AsyncStream[ChatCompletionChunk] = await self._client.chat.completions.create(
-                    model=self.model,
-                    messages=cast("list[ChatCompletionMessageParam]", [asdict(message) for message in messages]),
-                    stream=True,
-                    **options,
+                    model=self.model, messages=said, stream=True, **options
                 )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 fewer = _without_refused(options, error.message)
@@ -157,6 +162,8 @@ _FAULTS = {
 
 def _fault(error: Exception, timeout: float) -> str:
     """What happened, and which setting to look at."""
+    import openai  # noqa: PLC0415 - as above
+
     server = "the chat model's server"
     if isinstance(error, openai.APITimeoutError | TimeoutError):
         return f"{server} sent nothing for {timeout:g} s: see PGRECALL_CHAT_TIMEOUT"
@@ -182,7 +189,7 @@ def _without_refused(options: dict[str, Any], complaint: str) -> dict[str, Any] 
     return fewer
 
 
-def _usage(usage: CompletionUsage | None) -> Usage | None:
+def _usage(usage: "CompletionUsage | None") -> Usage | None:
     if usage is None:
         return None
     counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)

@@ -38,10 +38,10 @@ TokenCounter = Callable[[Sequence[str]], list[int]]
 MAX_CHARACTERS = 8_000
 """No chunk is longer, whatever its tokens: to some tokenizers one endless word is a single token."""
 
-WINDOW = 4_000
+WINDOW = 2_000
 """Characters sentencex sees at once: it is quadratic in quotation marks, and an unpaired one spoils all that follows."""
 
-HEADING, BLOCK, ITEM, SENTENCE, AFTER_HEADING, STOP, LINE, CLAUSE, WORD, CHARACTER = range(9, -1, -1)
+HEADING, BLOCK, ITEM, SENTENCE, STOP, AFTER_HEADING, LINE, CLAUSE, WORD, CHARACTER = range(9, -1, -1)
 """Strength of the cut before a unit; a heading of level n has HEADING + 6 - n."""
 
 
@@ -128,7 +128,13 @@ def _units(text: str, sizes: _Sizes, limit: int) -> list[_Unit]:
         strengths |= {at: strength for start, end in large for at in _apart(text, start, end, places)}
         strengths = dict(sorted(strengths.items()))
     return [
-        _Unit(start, end, strengths[start], size, hashlib.blake2b(text[start:end].strip().encode(), digest_size=8).digest())
+        _Unit(
+            start,
+            end,
+            strengths[start],
+            size,
+            hashlib.blake2b(text[start:end].strip().encode(), digest_size=8).digest(),
+        )
         for (start, end), size in zip(spans, sizes(spans), strict=True)
     ]
 
@@ -170,26 +176,27 @@ def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
         gap = False
 
 
+_SURE = re.compile(r"(?<=[a-zà-ÿα-ωа-я]{4})[.!?]\s+(?=[A-ZÀ-ÞΑ-ΩА-Я])|[。！？।]\s*(?![」』”’）\s])")
+
+
 def _sentences(text: str, start: int, end: int) -> Iterator[int]:
     """Where the sentences of the block text[start:end] start, its first one left out."""
     if marker := _MARKER.match(text, start, end):
         start = marker.end()
-    width = WINDOW
-    while start < end and width <= 4 * WINDOW:
-        window = text[start : min(start + width, end)]
-        stops = [start + found["end_index"] for found in sentencex.get_sentence_boundaries("en", window)]
-        if start + len(window) < end:
-            stops.pop()  # it may go on behind the window
-        if not stops:
-            width *= 2
-            continue
+    windows = [start, end]
+    if end - start > WINDOW:
+        sure = (stop.end() for stop in _SURE.finditer(text, start, end))
+        windows[1:1] = (at for at in sure if zlib.crc32(text[at : at + 24].encode()) % 4 == 0 and at < end)
+    for first, last in pairwise(windows):
+        stops = [last]
+        if last - first <= 4 * WINDOW:
+            stops = [first + found["end_index"] for found in sentencex.get_sentence_boundaries("en", text[first:last])]
         for stop in stops:
             before = text[max(start, stop - 16) : stop].rstrip()[-1:]
             after = next((at for at in range(stop, end) if not text[at].isspace()), end)
             # two repairs: no sentence ends in "call f (a) (b)", nor in "approx. 5"
             if after < end and not before.isalnum() and not (before == "." and text[after].isdigit()):
                 yield after
-        start, width = stops[-1], WINDOW
 
 
 # Cutting what is over the limit
@@ -240,14 +247,16 @@ def _joined(before: str, after: str) -> bool:
         or "\u200d" in {before, after}
         or "\U0001f3fb" <= after <= "\U0001f3ff"
         or "\U000e0020" <= after <= "\U000e007f"
-        or "\U0001f1e6" <= before <= "\U0001f1ff" and "\U0001f1e6" <= after <= "\U0001f1ff"
+        or ("\U0001f1e6" <= before <= "\U0001f1ff" and "\U0001f1e6" <= after <= "\U0001f1ff")
         or before + after == "\r\n"
     )
 
 
 # Packing: units -> chunks
 
-ROOM = {"H": .25, "B": .35, "S": .42, "ends": 8}
+ROOM = {"H": 0.25, "B": 0.35, "S": 0.42, "ends": 8, "c": 0.4, "t": 1}
+
+
 def _groups(units: list[_Unit], sizes: _Sizes, limit: int) -> list[list[_Unit]]:
     """The units of each chunk, before overlap."""
     groups: list[list[_Unit]] = []
@@ -269,7 +278,7 @@ def _split(units: list[_Unit], limit: int) -> list[list[_Unit]]:
     order = sorted(range(1, len(units)), key=lambda i: (-units[i].strength, units[i].rank))
     cuts = [0, len(units)]
     free = ends[-1] > limit * ROOM["ends"]
-    for share in (1, .5, 0):
+    for share in (1, 0.5, 0):
         for i in order:
             at = bisect(cuts, i)
             if cuts[at - 1] == i:
@@ -278,7 +287,13 @@ def _split(units: list[_Unit], limit: int) -> list[list[_Unit]]:
             head = units[i].strength >= HEADING and share == 1
             if not head and left + right <= limit:
                 continue
-            room = limit * share * ROOM["H" if units[i].strength >= HEADING else "B" if units[i].strength >= BLOCK else "S"]
+            room = (
+                limit
+                * share
+                * ROOM["H" if units[i].strength >= HEADING else "B" if units[i].strength >= BLOCK else "S"]
+            )
+            if left + right < 2 * limit:
+                room = max(room, min(left + right - limit * ROOM["t"], (left + right) * ROOM["c"]) * share)
             if (left >= room or (free and at == 1)) and (right >= room or (free and at == len(cuts) - 1)):
                 cuts.insert(at, i)
         if max(ends[b] - ends[a] for a, b in pairwise(cuts)) <= limit:

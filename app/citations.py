@@ -166,8 +166,11 @@ class Citations:
                 ranged = True
                 continue
             number = int(token)
-            first = spans[-1][1] if ranged else number
-            spans.append((min(first, number), max(first, number)))
+            if ranged:
+                low, high = spans[-1]
+                spans[-1] = min(low, number), max(high, number)
+            else:
+                spans.append((number, number))
             ranged = False
         spans += [(int(number), int(number)) for number in _NUMBER_IN_DETAIL.findall(detail)]
         known = {number: None for low, high in spans for number in range(max(low, 1), min(high, self._given) + 1)}

@@ -57,9 +57,7 @@ async def opened(config: Settings) -> AsyncIterator[tuple[Database, Embedder]]:
     embedder = embedding.open_embedder(config)
     database = Database(config, config.database_url or "")
     try:
-        await schema.revision(database)
-        model.check(await model.recorded(database), embedder)
-        await schema.preflight(database)
+        await schema.check(database, embedder)
         yield database, embedder
     finally:
         await database.close()

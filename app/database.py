@@ -109,15 +109,13 @@ class Database:
         `config` holds settings for this transaction only. A connection that turns out to be dead is replaced once.
         """
         identity = {**self._identity(tenant_id), **(config or {})}
-        settings_sql = "select " + ", ".join("set_config(%s, %s, true)" for _ in identity)
-        settings_values = [part for pair in identity.items() for part in pair]
         engine = self._engine if primary else self._read_engine
         for last_try in (False, True):
             with translated():
                 async with engine.connect() as pooled:
                     connection = await _driver(pooled)
                     try:
-                        return await _pipelined(connection, settings_sql, settings_values, statements)
+                        return await _pipelined(connection, identity, statements)
                     except psycopg.OperationalError:
                         if connection.broken and not last_try:
                             await pooled.invalidate()
@@ -125,15 +123,16 @@ class Database:
                         raise
         raise DatabaseUnavailable  # pragma: no cover - the second try returns or raises
 
-    async def fetch_public(self, statement: Statement) -> list[dict[str, Any]]:
-        """Rows that belong to no tenant: the schema's revision and the embedding model."""
+    async def fetch_public(self, statement: Statement, *, as_login: bool = False) -> list[dict[str, Any]]:
+        """Rows that belong to no tenant: the schema's revision and the embedding model.
+
+        `as_login`: without dropping the login's rights, for looking at what they are.
+        """
+        role = {} if as_login else {"role": roles.APP}
+        config = role | {"statement_timeout": self._timeout_ms}
         with translated():
             async with self._engine.connect() as pooled:
-                connection = await _driver(pooled)
-                async with connection.cursor(row_factory=dict_row) as cursor:
-                    await cursor.execute(statement.sql, statement.values)
-                    rows = await cursor.fetchall()
-                await connection.rollback()
+                (rows,) = await _pipelined(await _driver(pooled), config, [statement])
                 return rows
 
     def _identity(self, tenant_id: str) -> dict[str, str]:
@@ -152,15 +151,15 @@ async def _driver(pooled: AsyncConnection) -> psycopg.AsyncConnection[Any]:
 
 
 async def _pipelined(
-    connection: psycopg.AsyncConnection[Any],
-    settings_sql: str,
-    settings_values: list[str],
-    statements: Sequence[Statement],
+    connection: psycopg.AsyncConnection[Any], config: Mapping[str, str], statements: Sequence[Statement]
 ) -> list[list[dict[str, Any]]]:
     # BEGIN, role, tenant and limits, the statements and COMMIT leave in one packet (psycopg's pipeline mode).
     try:
         async with connection.pipeline():
-            await connection.execute(settings_sql, settings_values)
+            await connection.execute(
+                "select " + ", ".join("set_config(%s, %s, true)" for _ in config),
+                [part for pair in config.items() for part in pair],
+            )
             cursors = []
             for statement in statements:
                 cursor = connection.cursor(row_factory=dict_row, binary=True)

@@ -191,6 +191,7 @@ def _same(left: Any, right: Any) -> bool:
 
 _ids = bindparam("ids", type_=ARRAY(Text))
 _tenant = bindparam("tenant_id", type_=Text)
+_of_tenant = bindparam("of_tenant", type_=Text)  # an UPDATE's parameters may not be called as its columns are
 STORED = select(*(tenant_sources.c[name] for name in _Stored._fields)).where(
     tenant_sources.c.tenant_id == _tenant, tenant_sources.c.id == func.any(_ids)
 )
@@ -219,7 +220,7 @@ REMOVE_CHUNKS = delete(documents).where(
 RELABEL_CHUNKS = (
     update(documents)
     .where(
-        documents.c.tenant_id == _tenant,
+        documents.c.tenant_id == _of_tenant,
         documents.c.id == bindparam("document_id", type_=Text),
         tuple_(documents.c.doc_type, documents.c.metadata, documents.c.created_at).is_distinct_from(
             tuple_(
@@ -259,7 +260,7 @@ _REPLACED = [
 ]
 REPLACE = (
     update(sources)
-    .where(sources.c.tenant_id == _tenant, sources.c.id == bindparam("document_id", type_=Text))
+    .where(sources.c.tenant_id == _of_tenant, sources.c.id == bindparam("document_id", type_=Text))
     .values(
         {name: bindparam(f"new_{name}", type_=sources.c[name].type) for name in _REPLACED}
         | {"version": sources.c.version + 1, "updated_at": func.now(), "attempts": 0, "error": None}
@@ -370,10 +371,10 @@ def _difference(
         rows.added.append(row | {"embedding": vector} | labels)
     if before is None:
         return Outcome(draft.id, "created", 1, embedded=len(fresh))
-    document = {"tenant_id": tenant_id, "document_id": draft.id}
+    document = {"of_tenant": tenant_id, "document_id": draft.id}
     stale = sorted(set(before.chunk_keys) - kept)
     if stale:
-        rows.removed.append(document | {"keys": stale})
+        rows.removed.append({"tenant_id": tenant_id, "document_id": draft.id, "keys": stale})
     if kept:
         rows.relabelled.append(document | {f"new_{name}": value for name, value in labels.items()})
     rows.replaced.append(document | {f"new_{name}": value for name, value in (plan.row() | labels).items()})

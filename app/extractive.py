@@ -1,5 +1,6 @@
 """Answers without a chat model: the sentences of the texts found that are nearest to the question."""
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ _UNDERLINE = re.compile(r"^[ \t]*([=\-~^*#\"'+_])\1{2,}[ \t]*$")
 _HEADING = re.compile(r"^[ \t]*#{1,6}[ \t]")
 _TABLE = re.compile(r"^[ \t]*[|+][-=|+ :]|\|.*\|")
 _ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]+")
-_QUOTE = re.compile(r"^[ \t]*(?:>[ \t]?)+")
+_QUOTE = re.compile(r"^[ \t]*(?:>(?!>>)[ \t]?)+")
+_SESSION = re.compile(r"^[ \t]*(?:>>>|\.\.\.)(?:[ \t]|$)")
+_BOLD = re.compile(r"\*\*([^*\s](?:[^*]*[^*\s])?)\*\*")
 _ENDED = re.compile("[.!\u2026\u3002\uff01\uff0e][)\\]\"'\u201d\u2019\u00bb*_]*(?: ?\\[\\d+\\])?$")
 
 
@@ -46,18 +49,14 @@ async def extract(embedder: Embedder, question: str, texts: Sequence[str], thres
     `texts` come best first. The sentences are ordered by the text of the best one, each text in its own order; there
     are none where nothing is similar enough. Raises EmbeddingFailed.
     """
-    found: dict[str, int] = {}
-    for index, text in enumerate(texts):
-        for sentence in sentences(text):
-            found.setdefault(sentence, index)  # chunks overlap: a sentence belongs to the best of them
-    contents = list(islice(found, CANDIDATES))
-    counts = embedder.count_tokens(contents)
-    contents = [content for content, count in zip(contents, counts, strict=True) if count <= embedder.max_tokens]
+    found = await asyncio.to_thread(_candidates, embedder, texts)
+    contents = list(found)
     if not contents:
         return []
     vectors = await embedder.embed(contents, "document")
     (query,) = await embedder.embed([question], "query")
-    similarities = vectors @ query - [0.0 if _ENDED.search(content) else UNENDED for content in contents]
+    lacks = [0.0 if _ENDED.search(content) else UNENDED for content in contents]
+    similarities = np.round(vectors @ query - lacks, 5)  # so that ties are ties, and the better text goes first
     floor = max(threshold, float(similarities.max()) - FALL)
     chosen: list[int] = []
     for index in np.argsort(-similarities, kind="stable").tolist():
@@ -72,11 +71,22 @@ async def extract(embedder: Embedder, question: str, texts: Sequence[str], thres
     return sorted(answer, key=lambda sentence: rank[sentence.text])
 
 
+def _candidates(embedder: Embedder, texts: Sequence[str]) -> dict[str, int]:
+    """Sentences and the first of the texts they stand in; chunks overlap, so many stand in two."""
+    found: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        for sentence in sentences(text):
+            found.setdefault(sentence, index)
+    contents = list(islice(found, CANDIDATES))
+    counts = zip(contents, embedder.count_tokens(contents), strict=True)
+    return {content: found[content] for content, count in counts if count <= embedder.max_tokens}
+
+
 def sentences(text: str) -> Iterator[str]:
     """The sentences of a text that can be quoted: no headings, tables, code or questions; white space made single."""
     for paragraph in _paragraphs(_FENCE.sub("\n\n", text)):
-        for sentence in segment("en", paragraph):
-            line = " ".join(sentence.split()).strip("*")
+        for sentence in segment("en", _BOLD.sub(r"\1", paragraph)):
+            line = " ".join(sentence.split())
             if _quotable(line):
                 yield line
 
@@ -89,7 +99,8 @@ def _paragraphs(text: str) -> Iterator[str]:
             if len(lines) == 1:
                 lines.clear()
             continue
-        breaks = not content.strip() or _HEADING.match(content) or _TABLE.search(content)
+        skipped = (_HEADING.match, _SESSION.match, _TABLE.search)
+        breaks = not content.strip() or any(sign(content) for sign in skipped)
         item = _ITEM.match(content)
         if breaks or item:
             paragraph = "\n".join(lines)

@@ -12,8 +12,9 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
-from app import local, roles
+from app import local, model, roles
 from app.database import Database, Statement, connect, translated
+from app.embedding import Embedder
 from app.errors import SchemaTooOld, SetupError, Unsafe
 from app.model import Model
 from app.settings import Settings
@@ -29,19 +30,24 @@ REVISION = Statement("schema revision", "select version_num from alembic_version
 PREFLIGHT = Statement(
     "isolation preflight",
     """
-select (select pg_has_role(current_user, oid, 'member') from pg_roles where rolname = %(app)s) as member,
+with guarded as (
+    select c.oid, c.relowner, c.relrowsecurity from pg_class c
+     where c.oid in (to_regclass('sources'), to_regclass('documents'), to_regclass('embedding_cache'))
+)
+select (select count(*) from guarded) as tables,
+       coalesce((select pg_has_role(current_user, oid, 'member') from pg_roles where rolname = %(app)s), false) as member,
        (select rolsuper or rolbypassrls from pg_roles where rolname = %(app)s) as bypasses,
-       (select bool_or(pg_has_role(%(app)s, c.relowner, 'usage')) from pg_class c
-         where c.oid in ('sources'::regclass, 'documents'::regclass, 'embedding_cache'::regclass)) as owns,
-       (select bool_and(c.relrowsecurity) from pg_class c
-         where c.oid in ('sources'::regclass, 'documents'::regclass, 'embedding_cache'::regclass)) as secured,
-       (select count(*) from pg_policy p join pg_roles r on r.oid = any (p.polroles)
-         where r.rolname = %(app)s
-           and p.polrelid in ('sources'::regclass, 'documents'::regclass, 'embedding_cache'::regclass)) as policies
+       (select bool_or(pg_has_role(r.oid, g.relowner, 'usage')) from guarded g, pg_roles r where r.rolname = %(app)s) as owns,
+       (select bool_and(relrowsecurity) from guarded) as secured,
+       (select count(distinct p.polrelid) from pg_policy p join guarded g on g.oid = p.polrelid
+          join pg_roles r on r.oid = any (p.polroles) where r.rolname = %(app)s) as policies
 """,
     {"app": roles.APP},
 )
-"""Whether the role that every transaction drops to really is confined to one tenant."""
+"""Whether the role that every transaction drops to really is confined to one tenant. Reads catalogues only."""
+
+GUARDED = 3
+"""Tables the preflight looks at."""
 
 
 class Readiness(NamedTuple):
@@ -134,27 +140,42 @@ def vector_schema(connection: Connection) -> str:
 
 async def revision(database: Database) -> str:
     """The revision of a database. Raises SchemaTooOld where it is older than this release needs."""
-    try:
-        rows = await database.fetch_public(REVISION)
-    except psycopg.errors.UndefinedTable:
-        rows = []
-    if not rows or rows[0]["version_num"] < REQUIRED:
-        found = f"at revision {rows[0]['version_num']}" if rows else "empty"
-        raise SchemaTooOld(f"the database is {found}, this release needs {REQUIRED}: run `pgrecall migrate`")
-    return str(rows[0]["version_num"])
+    found = (await database.fetch_public(REVISION))[0]["version_num"]
+    if found < REQUIRED:
+        raise SchemaTooOld(
+            f"the database is at revision {found}, this release needs {REQUIRED}: run `pgrecall migrate`"
+        )
+    return str(found)
 
 
 async def preflight(database: Database) -> None:
-    """Raise Unsafe, naming the statement that mends it, where the service could reach another tenant's rows."""
-    (row,) = await database.fetch_public(PREFLIGHT)
+    """Raise Unsafe, naming the statement that mends it, where the service could reach another tenant's rows.
+
+    Raises SchemaTooOld where there are no tables yet.
+    """
+    (row,) = await database.fetch_public(PREFLIGHT, as_login=True)
+    if row["tables"] < GUARDED:
+        raise SchemaTooOld(f"the database has no schema yet, this release needs {REQUIRED}: run `pgrecall migrate`")
     if not row["member"]:
         raise Unsafe(f"this login may not become {roles.APP}: run `pgrecall roles --apply` as an administrator")
     if row["bypasses"]:
         raise Unsafe(f"{roles.APP} bypasses row-level security: ALTER ROLE {roles.APP} NOSUPERUSER NOBYPASSRLS")
     if row["owns"]:
         raise Unsafe(f"{roles.APP} has the rights of the tables' owner: REVOKE that role FROM {roles.APP}")
-    if not row["secured"] or row["policies"] < 3:
+    if not row["secured"] or row["policies"] < GUARDED:
         raise Unsafe(
             "row-level security is off on sources, documents or embedding_cache, or a policy is missing: "
             "ALTER TABLE … ENABLE ROW LEVEL SECURITY, and restore the policies of migrations/versions/0001"
         )
+
+
+async def check(database: Database, embedder: Embedder) -> Readiness:
+    """What the database has, if the service can work on it.
+
+    Raises SchemaTooOld, ModelMismatch, Unsafe or DatabaseUnavailable.
+    """
+    await preflight(database)
+    found = await revision(database)
+    recorded = await model.recorded(database)
+    model.check(recorded, embedder)
+    return Readiness(found, recorded)

@@ -11,10 +11,11 @@ import pkgutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from litestar import Litestar
@@ -31,6 +32,7 @@ UNWIND = 2.0
 """Seconds cancelled requests get to roll back, and a worker gets beyond its own time-outs before it is killed."""
 
 BACKLOG = 2048
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def serve(
@@ -42,7 +44,7 @@ def serve(
     settings: Settings,
     on_started: Callable[[str], None] | None = None,
 ) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status: 0, or 130 when interrupted while starting.
+    """Serve until SIGINT or SIGTERM; returns the exit status: 0, 1 when the lifespan hung, 130 when interrupted early.
 
     `target` is `module:function`, a factory without arguments that returns the Litestar application and reads its
     settings from the environment; every worker calls it. Port 0 takes a free one. `on_started` gets the address
@@ -51,31 +53,42 @@ def serve(
     On a signal no new connection is accepted; requests under way have `settings.shutdown_timeout` seconds to finish and
     are cancelled then; the application's lifespan, which ends last, has as long again. A worker that dies is replaced.
 
-    Raises SetupError when the address cannot be listened on or a worker ends before it serves, TimeoutError when the
-    lifespan did not end in time, and whatever the factory and the lifespan raise. To be called from the main thread.
+    Raises SetupError when the address cannot be listened on or a worker ends before it serves, and whatever the factory
+    and the lifespan raise. To be called from the main thread.
     """
     with _listen(host, port) as listener:
         started = partial(on_started or log.info, _address(listener))
         try:
             if workers == 1:
-                asyncio.run(_work(target, listener, settings, started))
-            else:
-                asyncio.run(_supervise(target, listener, workers, settings, started))
+                return _run(_work(target, listener, settings, started))
+            return _run(_supervise(target, listener, workers, settings, started))
         except KeyboardInterrupt:
-            return 128 + signal.SIGINT
-    return 0
+            return INTERRUPTED
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    try:
+        return asyncio.run(work)
+    except BaseExceptionGroup as group:
+        # Litestar's lifespan holds a task group, and so does _supervise.
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # Without the protocol asyncio leaves Nagle's algorithm on: 44 ms for each answer on a kept connection.
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        raise SetupError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    with ExitStack() as failed:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            # Without the protocol asyncio leaves Nagle's algorithm on: 44 ms for each answer on a kept connection.
+            listener = failed.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise SetupError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+        failed.pop_all()
     return listener
 
 
@@ -132,32 +145,41 @@ async def _work(
     settings: Settings,
     on_started: Callable[[], object],
     tie: socket.socket | None = None,
-) -> None:
+) -> int:
     app: Litestar = pkgutil.resolve_name(target)()
     server = Server(app, settings, on_started)
-    if tie is not None:
-        loop = asyncio.get_running_loop()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
-        def finish() -> None:
-            loop.remove_reader(tie)
+    def finish() -> None:
+        loop.remove_reader(tie)
+        if server.started:
             server.should_exit = True
+        elif task is not None:
+            task.cancel()
 
+    if tie is not None:
         loop.add_reader(tie, finish)
     # Entered here and not by uvicorn, which would print a traceback of what the lifespan raises, and exit.
     lifespan = AsyncExitStack()
     await lifespan.enter_async_context(app.lifespan())
+    status = 0
     try:
         await server.serve([listener])
         if server.server_state.tasks:
             await asyncio.wait(server.server_state.tasks, timeout=UNWIND)
     finally:
-        async with asyncio.timeout(settings.shutdown_timeout):
-            await lifespan.aclose()
+        try:
+            async with asyncio.timeout(settings.shutdown_timeout):
+                await lifespan.aclose()
+        except TimeoutError:
+            log.error("the application did not close within %d seconds", settings.shutdown_timeout)  # noqa: TRY400
+            status = 1
+    return status
 
 
 async def _supervise(
     target: str, listener: socket.socket, workers: int, settings: Settings, on_started: Callable[[], object]
-) -> None:
+) -> int:
     loop = asyncio.get_running_loop()
     patience = 2 * (settings.shutdown_timeout + UNWIND)
     awaited = set(range(workers))
@@ -179,12 +201,10 @@ async def _supervise(
         for task in tasks:
             task.cancel()
 
-    try:
-        with _signals(lambda *_: loop.call_soon_threadsafe(stop)):
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(keep(number)) for number in range(workers)]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+    with _signals(lambda *_: loop.call_soon_threadsafe(stop)):
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(keep(number)) for number in range(workers)]
+    return INTERRUPTED if awaited else 0
 
 
 @asynccontextmanager
@@ -212,7 +232,7 @@ async def _worker(
                 await process.wait()
 
 
-def _main(target: str, listener: str, tie: str) -> None:
+def _main(target: str, listener: str, tie: str) -> int:
     settings = environment.read()
     telemetry.set_up(settings)
     with socket.socket(fileno=int(listener)) as shared, socket.socket(fileno=int(tie)) as parent:
@@ -222,11 +242,13 @@ def _main(target: str, listener: str, tie: str) -> None:
                 parent.send(b"1")
 
         try:
-            asyncio.run(_work(target, shared, settings, tell, parent))
+            return _run(_work(target, shared, settings, tell, parent))
         except SetupError as error:
             log.error("%s", error)  # noqa: TRY400  the message says what to do; a traceback would bury it
-            sys.exit(1)
+            return 1
+        except asyncio.CancelledError:
+            return INTERRUPTED
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    sys.exit(_main(*sys.argv[1:]))

@@ -20,7 +20,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request being answered, `-` outside of one."""
 
 BLOT = "********"
-CHATTY = ("httpx", "httpcore", "openai", "uvicorn", "alembic")
+CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "uvicorn", "alembic")
 """Libraries whose info records repeat what we say ourselves."""
 
 _ACCEPTED = re.compile(r"[\x21-\x7e]{1,128}")

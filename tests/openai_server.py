@@ -78,13 +78,16 @@ class Call:
 
 
 class OpenAIServer:
-    """`url` is the base URL. Set `answer`, `token_delay`, `delay` and `poison`, queue faults with `fail`."""
+    """`url` is the base URL. Set `answer` and what follows it in `__init__`, queue faults with `fail`."""
 
     def __init__(self) -> None:
         self.answer: str | Sequence[str] = "Forty-two [Source 1]."
-        self.token_delay = 0.0
-        self.delay = 0.0
-        self.poison: str | None = None
+        self.token_delay = 0.0  # seconds before each token of a stream
+        self.delay = 0.0  # seconds before every answer
+        self.poison: str | None = None  # 400 for inputs with such a text among them
+        self.max_inputs = 2048  # 413 for more texts in a request
+        self.only_dimensions: int | None = None  # vectors of this length; 400 for the parameter `dimensions`
+        self.only_floats = False  # `encoding_format` is not understood
         self.calls: list[Call] = []
         self.peak_in_flight = 0
         self._in_flight = 0
@@ -210,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "status":
             return fault.status, _error(f"upstream secret detail, status {fault.status}")
         if self.path == EMBEDDINGS:
-            return _embeddings(body, self.fake.poison, fault)
+            return _embeddings(body, self.fake, fault)
         if self.path == CHAT:
             return 200, _completion(body, self.fake.answer)
         return 404, _error(f"no such route {self.path}")
@@ -305,16 +308,22 @@ def _size(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def _embeddings(body: dict[str, Any], poison: str | None, fault: Fault | None) -> tuple[int, dict[str, Any]]:
+def _embeddings(body: dict[str, Any], fake: OpenAIServer, fault: Fault | None) -> tuple[int, dict[str, Any]]:
     texts = _texts(body["input"])
     sizes = [_size(text) for text in texts]
     if not texts or len(texts) > 2048 or not all(texts) or max(sizes) > 8192 or sum(sizes) > 300_000:
         return 400, _error("'$.input' is invalid.")
-    if "dimensions" in body and body["model"] == "text-embedding-ada-002":
+    if len(texts) > fake.max_inputs:
+        return 413, _error(f"batch size {len(texts)} > maximum allowed batch size {fake.max_inputs}")
+    if "dimensions" in body and (fake.only_dimensions or body["model"] == "text-embedding-ada-002"):
         return 400, _error("This model does not support specifying dimensions.")
-    if poison is not None and any(poison in text for text in texts):
+    if fake.poison is not None and any(fake.poison in text for text in texts):
         return 400, _error("poisoned text")
-    dimensions = body.get("dimensions", 3072 if body["model"] == "text-embedding-3-large" else 1536)
+    if fake.only_floats:
+        body = body | {"encoding_format": "float"}
+    dimensions = fake.only_dimensions or body.get(
+        "dimensions", 3072 if body["model"] == "text-embedding-3-large" else 1536
+    )
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(embedding(text, dimensions), body)}
         for index, text in enumerate(texts)

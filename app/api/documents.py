@@ -9,12 +9,13 @@ from litestar import Response, delete, get, post, put
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
-from litestar.params import Body, Parameter
+from litestar.params import Body, HeaderParameter, PathParameter, QueryParameter
 from msgspec import Meta, Struct
 
 from app import documents, tenants
+from app.api import problems
 from app.api.paths import decoded
-from app.api.search import After, Before, TenantId, conditions
+from app.api.search import TenantId, conditions
 from app.api.service import Service
 from app.documents import Document, Outcome
 from app.drafts import MAX_ID_BYTES, Draft, check_text
@@ -31,9 +32,9 @@ CreatedAt = Annotated[datetime | None, Meta(description="With time zone. Left ou
 Embedding = Annotated[
     list[float] | None, Meta(description="A vector of the database's model; the text is then one chunk.")
 ]
-IfMatch = Annotated[str | None, Parameter(header="If-Match", description='Write only over this version, e.g. "3".')]
-IdPath = Annotated[str, Parameter(description="The id, percent-encoded; slashes may stand as they are.")]
-TenantQuery = Annotated[str, Parameter(query="tenant_id", description="Whose document.")]
+IfMatch = Annotated[str | None, HeaderParameter(name="If-Match", description='Write only over this version, e.g. "3".')]
+IdPath = Annotated[str, PathParameter(description="The id, percent-encoded; slashes may stand as they are.")]
+TenantQuery = Annotated[str, QueryParameter(name="tenant_id", description="Whose document.")]
 
 
 class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -203,7 +204,8 @@ async def _put(
     operation_id="put_document",
     summary="Store one document",
     tags=["documents"],
-    responses={
+    responses=problems.DOCUMENTED
+    | {
         200: ResponseSpec(Stored, description="Updated or unchanged", examples=[Example("stored", value=_STORED)]),
         201: ResponseSpec(Stored, description="Created", examples=[Example("created", value=_STORED)]),
     },
@@ -229,9 +231,8 @@ async def put_document(
     tags=["documents"],
     status_code=200,
     request_max_body_size=MAX_BATCH_BODY,
-    responses={
-        200: ResponseSpec(StoredAll, description="Stored", examples=[Example("stored", value=StoredAll([_STORED]))])
-    },
+    responses=problems.DOCUMENTED
+    | {200: ResponseSpec(StoredAll, description="Stored", examples=[Example("stored", value=StoredAll([_STORED]))])},
 )
 async def put_documents(
     service: NamedDependency[Service],
@@ -263,7 +264,8 @@ async def put_documents(
     operation_id="get_document",
     summary="Read one document whole",
     tags=["documents"],
-    responses={200: ResponseSpec(DocumentWhole, description="The document", examples=[Example("read", value=_WHOLE)])},
+    responses=problems.DOCUMENTED
+    | {200: ResponseSpec(DocumentWhole, description="The document", examples=[Example("read", value=_WHOLE)])},
 )
 async def get_document(
     service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery
@@ -279,9 +281,15 @@ async def get_document(
 
 
 MetadataQuery = Annotated[
-    str | None, Parameter(query="metadata", description='Conditions as in search, as JSON: {"lang": "en"}')
+    str | None, QueryParameter(name="metadata", description='Conditions as in search, as JSON: {"lang": "en"}')
 ]
-DocTypeQuery = Annotated[list[str] | None, Parameter(query="doc_type", description="One of these types.")]
+DocTypeQuery = Annotated[list[str] | None, QueryParameter(name="doc_type", description="One of these types.")]
+
+
+AfterQuery = Annotated[
+    datetime | None, QueryParameter(description="created_at at or after this moment (with time zone).")
+]
+BeforeQuery = Annotated[datetime | None, QueryParameter(description="created_at before this moment (with time zone).")]
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
@@ -298,7 +306,8 @@ def _metadata(text: str | None) -> dict[str, Any]:
     operation_id="list_documents",
     summary="List documents by id",
     tags=["documents"],
-    responses={
+    responses=problems.DOCUMENTED
+    | {
         200: ResponseSpec(
             DocumentPage,
             description="A page",
@@ -309,12 +318,12 @@ def _metadata(text: str | None) -> dict[str, Any]:
 async def list_documents(
     service: NamedDependency[Service],
     tenant_id: TenantQuery,
-    limit: Annotated[int, Parameter(ge=1, le=MAX_PAGE, description="Documents a page.")] = 100,
-    after: Annotated[str | None, Parameter(description="`next` of the page before.")] = None,
+    limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE, description="Documents a page.")] = 100,
+    after: Annotated[str | None, QueryParameter(description="`next` of the page before.")] = None,
     doc_type: DocTypeQuery = None,
     metadata: MetadataQuery = None,
-    created_after: After = None,
-    created_before: Before = None,
+    created_after: AfterQuery = None,
+    created_before: BeforeQuery = None,
 ) -> DocumentPage:
     """A keyset page: documents written meanwhile neither shift nor repeat the others."""
     tenants.check(tenant_id)
@@ -335,6 +344,7 @@ async def list_documents(
     summary="Delete one document",
     tags=["documents"],
     status_code=204,
+    responses=problems.DOCUMENTED,
 )
 async def delete_document(
     service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery, if_match: IfMatch = None
@@ -351,15 +361,16 @@ async def delete_document(
     summary="Delete the documents that match a filter",
     tags=["documents"],
     status_code=200,
-    responses={200: ResponseSpec(Deleted, description="Deleted", examples=[Example("deleted", value=Deleted(12))])},
+    responses=problems.DOCUMENTED
+    | {200: ResponseSpec(Deleted, description="Deleted", examples=[Example("deleted", value=Deleted(12))])},
 )
 async def delete_documents(
     service: NamedDependency[Service],
     tenant_id: TenantQuery,
     doc_type: DocTypeQuery = None,
     metadata: MetadataQuery = None,
-    created_after: After = None,
-    created_before: Before = None,
+    created_after: AfterQuery = None,
+    created_before: BeforeQuery = None,
 ) -> Deleted:
     """At least one filter is required. All that match go in one transaction."""
     narrowed = conditions(doc_type, _metadata(metadata), created_after, created_before)

@@ -42,11 +42,11 @@ class HeadLimits(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """Expect the rest of the head that begins; the first one has been expected since the connection was made."""
+        """Expect the rest of a head, unless a request is being answered; the first is expected already."""
         super().on_message_begin()
         self._in_head = True
         self._told = self._held = 0
-        if self.cycle is not None:
+        if self.cycle is not None and self.cycle.response_complete:
             self._expect_head(self._header_timeout)
 
     def on_headers_complete(self) -> None:
@@ -56,10 +56,10 @@ class HeadLimits(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        """Expect another request; what is left of a body that was not read has to be over by then, too."""
+        """Expect the next head; what is left of a body that was not read has to be over by then, too."""
         super().on_response_complete()
         if self.timeout_keep_alive_task is not None:
-            self._expect_head(KEEP_ALIVE)
+            self._expect_head(self._header_timeout if self._in_head else KEEP_ALIVE)
 
     def on_url(self, url: bytes) -> None:
         """Count a piece of the request line."""

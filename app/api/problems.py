@@ -1,6 +1,7 @@
 """Every error as an RFC 9457 problem, mapped once; no driver's or upstream's text gets out."""
 
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -29,6 +30,10 @@ STATUS: Mapping[type[errors.PgrecallError], HTTPStatus] = {
 """The nearest entry in an error's ancestry decides."""
 
 
+_MISSING = re.compile(r"^Missing required \w+ parameter '([^']+)'")
+"""Litestar names a missing parameter in its message only."""
+
+
 def _type(name: str) -> str:
     return "urn:pgrecall:problem:" + "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
@@ -39,8 +44,6 @@ def _ours(error: errors.PgrecallError) -> ProblemDetailsException:
     if isinstance(error, errors.BadInput) and error.field:
         extra["field"] = error.field
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.Unavailable) else None
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        log.warning("%s: %s", type(error).__name__, error, exc_info=error.__cause__)
     return ProblemDetailsException(
         status_code=status,
         type_=_type(type(error).__name__),
@@ -57,6 +60,9 @@ def _frameworks(error: HTTPException) -> ProblemDetailsException:
     status = HTTPStatus(error.status_code)
     detail, extra = error.detail, {}
     found = error.extra if isinstance(error.extra, list) else []
+    missing = _MISSING.search(detail)
+    if missing:
+        found = [{"key": missing[1], "message": "is missing"}]
     faults = [
         {"field": fault.get("key", ""), "fault": fault["message"]}
         for fault in found
@@ -75,6 +81,11 @@ def _frameworks(error: HTTPException) -> ProblemDetailsException:
         headers=error.headers,
         extra=extra or None,
     )
+
+
+def _not_utf8(_: UnicodeDecodeError) -> ProblemDetailsException:
+    # Litestar's JSON decoder lets this one through.
+    return _ours(errors.BadInput("", "the body is not UTF-8; allowed: JSON in UTF-8"))
 
 
 def _unexpected(error: Exception) -> ProblemDetailsException:
@@ -118,11 +129,19 @@ DOCUMENTED = {
 }
 """Problems any route may answer with; the rest differ in `type` and `status` only."""
 
+def _logged(error: errors.PgrecallError) -> ProblemDetailsException:
+    problem = _ours(error)
+    if problem.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.warning("%s: %s", type(error).__name__, error, exc_info=error.__cause__)
+    return problem
+
+
 plugin = ProblemDetailsPlugin(
     ProblemDetailsConfig(
         exception_to_problem_detail_map={
-            errors.PgrecallError: _ours,
+            errors.PgrecallError: _logged,
             HTTPException: _frameworks,
+            UnicodeDecodeError: _not_utf8,
             Exception: _unexpected,
         }
     )

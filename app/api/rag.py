@@ -1,6 +1,7 @@
 """`POST /rag`: an answer from the documents with `[Source N]` citations, whole or streamed."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import msgspec
@@ -13,16 +14,118 @@ from litestar.response import Stream
 from msgspec import Meta, Struct
 
 from app import rag, search, tenants
-from app.api.search import (
-    FOUND,
-    After,
-    Before,
-    DocType,
-    Metadata,
-    TenantId,
-    Threshold,
-    TopK,
-    conditions,
-    embedded,
-)
+from app.api import problems
+from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, conditions, embedded
 from app.api.service import Service
+from app.chat import Usage
+from app.drafts import check_text
+from app.rag import Done, Event, Failed, Given, Source, Token, Used
+
+MAX_PROMPT_BYTES = 32_000
+
+
+class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A question, and what may be used to answer it."""
+
+    tenant_id: TenantId
+    question: str
+    system_prompt: Annotated[str | None, Meta(description="Replaces the default instructions to the chat model.")] = (
+        None
+    )
+    stream: Annotated[bool, Meta(description="Answer with server-sent events.")] = False
+    top_k: TopK = 5
+    threshold: Threshold | None = None
+    doc_type: DocType = None
+    metadata: Metadata = {}
+    created_after: After = None
+    created_before: Before = None
+
+
+class RagResponse(Struct):
+    """An answer. Every [Source N] in it is one of `sources`; `cited` lists those it uses."""
+
+    answer: str
+    sources: list[Source]
+    cited: list[int]
+    model: str
+    usage: Usage | None
+
+
+_ASKED = RagRequest(tenant_id="acme", question="How do I reset my password?", doc_type="faq")
+_SOURCE = Source(**{name: getattr(FOUND.results[0], name) for name in FOUND.results[0].__slots__}, source=1)
+_ANSWER = RagResponse(
+    answer="Open Settings and choose Security [Source 1].",
+    sources=[_SOURCE],
+    cited=[1],
+    model="gpt-4o-mini",
+    usage=Usage(412, 11, 423),
+)
+
+
+@post(
+    "/rag",
+    operation_id="rag",
+    summary="Answer a question from the documents",
+    tags=["rag"],
+    status_code=200,
+    responses=problems.DOCUMENTED
+    | {200: ResponseSpec(RagResponse, description="The answer", examples=[Example("answer", value=_ANSWER)])},
+)
+async def answer_question(
+    service: NamedDependency[Service],
+    data: Annotated[RagRequest, Body(examples=[Example("a question", value=_ASKED)])],
+) -> Response[Any]:
+    """Cites [Source N]; says so when the documents do not hold the answer.
+
+    With `"stream": true` the answer comes as server-sent events: `event: sources` first, then a `data: {"token": …}` for
+    each piece, then `event: usage` or `event: error`, and `data: [DONE]` last.
+    """
+    tenants.check(data.tenant_id)
+    narrowed = conditions(data.doc_type, data.metadata, data.created_after, data.created_before)
+    if data.system_prompt is not None:
+        check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
+    vector = await embedded(service, data.question, "question")
+    # All database work ends here: a stream holds no connection.
+    found = await search.search(
+        service.database,
+        service.settings,
+        data.tenant_id,
+        vector,
+        top_k=data.top_k,
+        threshold=data.threshold,
+        conditions=narrowed,
+    )
+    parts = (service.chat, service.embedder, data.question, found.hits)
+    options: dict[str, Any] = {"system_prompt": data.system_prompt, "settings": service.settings}
+    if data.stream:
+        return Stream(
+            _sent(rag.stream(*parts, **options)),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+    answer = await rag.answer(*parts, **options)
+    return Response(RagResponse(answer.answer, answer.sources, answer.cited, answer.model, answer.usage))
+
+
+async def _sent(events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:
+    async with aclosing(events):
+        async for event in events:
+            yield _frame(event)
+
+
+def _frame(event: Event) -> bytes:
+    match event:
+        case Given():
+            return _named("sources", {"sources": event.sources})
+        case Token():
+            return b"data: " + msgspec.json.encode(event) + b"\n\n"
+        case Used():
+            return _named("usage", event)
+        case Failed():
+            return _named("error", event)
+        case Done():
+            return b"data: [DONE]\n\n"
+
+
+def _named(name: str, data: Any) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + msgspec.json.encode(data) + b"\n\n"

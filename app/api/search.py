@@ -13,6 +13,7 @@ from litestar.params import Body
 from msgspec import Meta, Struct
 
 from app import filters, search, tenants
+from app.api import problems
 from app.api.service import Service
 from app.drafts import check_text, check_vector
 from app.errors import BadInput
@@ -82,8 +83,7 @@ async def embedded(service: Service, text: str, field: str) -> npt.NDArray[np.fl
     check_text(field, text, 1, MAX_QUERY_BYTES)
     if not text.strip():
         raise BadInput(field, "is white space only; allowed: a text")
-    (vector,) = await service.embedder.embed([text], "query")
-    return vector
+    return (await service.embedder.embed([text], "query"))[0]
 
 
 EXAMPLE = SearchRequest(
@@ -113,7 +113,8 @@ FOUND = SearchResponse(
     summary="Find the most similar chunks",
     tags=["search"],
     status_code=200,
-    responses={200: ResponseSpec(SearchResponse, description="Found", examples=[Example("found", value=FOUND)])},
+    responses=problems.DOCUMENTED
+    | {200: ResponseSpec(SearchResponse, description="Found", examples=[Example("found", value=FOUND)])},
 )
 async def search_chunks(
     service: NamedDependency[Service],

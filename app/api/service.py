@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from app.embedding import Embedder
-
-from app import model, schema
+from app import schema
 from app.chat import ChatModel
 from app.database import Database
+from app.embedding import Embedder
 from app.schema import Readiness
 from app.settings import Settings
 
@@ -23,12 +22,9 @@ class Service:
 
     async def check(self) -> Readiness:
         """Look at the database. Raises SchemaTooOld, ModelMismatch, Unsafe or DatabaseUnavailable."""
-        revision = await schema.revision(self.database)
-        recorded = await model.recorded(self.database)
-        model.check(recorded, self.embedder)
-        await schema.preflight(self.database)
+        readiness = await schema.check(self.database, self.embedder)
         self._passed = True
-        return Readiness(revision, recorded)
+        return readiness
 
     async def require_ready(self) -> None:
         """Pass at once when the check has passed before; otherwise check now."""

@@ -33,6 +33,8 @@ async def lifespan(_: Litestar) -> AsyncIterator[None]:
         raise SetupError(fault)
     note("opened")
     yield
+    note("closing")
+    await asyncio.sleep(float(os.environ.get("SERVED_CLOSING", "0")))
     note("closed")
 
 

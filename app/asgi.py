@@ -66,6 +66,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
             title="pgrecall",
             version=__version__,
             description=_DESCRIPTION,
+            use_handler_docstrings=True,
             path=DOCS,
             render_plugins=[
                 SwaggerRenderPlugin(

@@ -7,6 +7,7 @@ the worker to finish, whether this process chose to close it or was killed.
 
 import asyncio
 import logging
+import os
 import pkgutil
 import signal
 import socket
@@ -148,16 +149,16 @@ async def _work(
 ) -> int:
     app: Litestar = pkgutil.resolve_name(target)()
     server = Server(app, settings, on_started)
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-
-    def finish() -> None:
-        loop.remove_reader(tie)
-        if server.started:
-            server.should_exit = True
-        elif task is not None:
-            task.cancel()
-
     if tie is not None:
+        loop, this = asyncio.get_running_loop(), asyncio.current_task()
+
+        def finish() -> None:
+            loop.remove_reader(tie)
+            if server.started:
+                server.should_exit = True
+            elif this is not None:
+                this.cancel()
+
         loop.add_reader(tie, finish)
     # Entered here and not by uvicorn, which would print a traceback of what the lifespan raises, and exit.
     lifespan = AsyncExitStack()
@@ -216,9 +217,12 @@ async def _worker(
     with tie:
         with theirs:
             shared = (listener.fileno(), theirs.fileno())
-            # A process group of its own keeps the terminal's Ctrl-C away from the worker.
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", __name__, target, *map(str, shared), pass_fds=shared, process_group=0
+                *(sys.executable, "-P", "-m", __name__, target, *map(str, shared)),
+                # Modules come from where they came from here: the current folder may hold another `app`.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                pass_fds=shared,
+                process_group=0,  # the terminal's Ctrl-C is for this process, which then tells its workers
             )
         try:
             yield process, tie

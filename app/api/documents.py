@@ -37,7 +37,7 @@ IdPath = Annotated[str, PathParameter(description="The id, percent-encoded; slas
 TenantQuery = Annotated[str, QueryParameter(name="tenant_id", description="Whose document.")]
 
 
-class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True):
+class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One document. What is left out becomes empty; created_at stays."""
 
     tenant_id: TenantId
@@ -49,7 +49,7 @@ class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True):
     embedding: Embedding = None
 
 
-class Item(Struct, forbid_unknown_fields=True, kw_only=True):
+class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One document of a batch."""
 
     id: str
@@ -61,7 +61,7 @@ class Item(Struct, forbid_unknown_fields=True, kw_only=True):
     embedding: Embedding = None
 
 
-class PutDocuments(Struct, forbid_unknown_fields=True, kw_only=True):
+class PutDocuments(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Up to 1,000 documents, written all or none."""
 
     tenant_id: TenantId

@@ -24,7 +24,7 @@ from app.rag import Done, Event, Failed, Given, Source, Token, Used
 MAX_PROMPT_BYTES = 32_000
 
 
-class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A question, and what may be used to answer it."""
 
     tenant_id: TenantId

@@ -35,7 +35,7 @@ After = Annotated[datetime | None, Meta(description="created_at at or after this
 Before = Annotated[datetime | None, Meta(description="created_at before this moment (with time zone).")]
 
 
-class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to search for: `query` (embedded here) or `embedding` (a vector of the database's model)."""
 
     tenant_id: TenantId

@@ -58,7 +58,7 @@ async def test_put_says_created_then_unchanged_then_updated(client):
         "trailing/",
         "../up",
         "./x",
-        ".",
+        "...",
         "with space",
         "ünïcödé/文档",
         "50%",

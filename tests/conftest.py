@@ -17,15 +17,15 @@ import pytest
 from msgspec.structs import replace
 from psycopg import sql
 
-for _name in [name for name in os.environ if name.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))]:
-    if _name != "PGRECALL_TEST_POSTGRES":
-        del os.environ[_name]
-
 from app import embedded, local, schema
 from app.database import Database
 from app.embedding import Embedder, open_embedder
 from app.settings import Settings
 from tests.openai_server import OpenAIServer
+
+for _name in [name for name in os.environ if name.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))]:
+    if _name != "PGRECALL_TEST_POSTGRES":
+        del os.environ[_name]
 
 DIMENSIONS = 64
 """Short vectors keep tests quick; tests about other lengths make a database of their own."""
@@ -54,7 +54,7 @@ class Cluster:
         return urlunsplit(parts._replace(netloc=netloc, path=f"/{database}"))
 
 
-def _passwords(cluster: Cluster) -> None:
+def passwords(cluster: Cluster) -> None:
     password = urlsplit(cluster.admin).password
     if password is None:
         return
@@ -100,7 +100,7 @@ def settings_for(url: str | None, openai_url: str, **changes: object) -> Setting
 def migrated(cluster: Cluster, name: str, settings: Settings) -> str:
     """A database made and migrated once in the cluster, whoever of several processes comes first."""
     local.bootstrap(cluster.admin, name)
-    _passwords(cluster)
+    passwords(cluster)
     schema.migrate(replace(settings, migration_url=cluster.url(name, local.OWNER)))
     return name
 

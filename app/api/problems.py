@@ -129,6 +129,7 @@ DOCUMENTED = {
 }
 """Problems any route may answer with; the rest differ in `type` and `status` only."""
 
+
 def _logged(error: errors.PgrecallError) -> ProblemDetailsException:
     problem = _ours(error)
     if problem.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:

@@ -83,7 +83,8 @@ async def embedded(service: Service, text: str, field: str) -> npt.NDArray[np.fl
     check_text(field, text, 1, MAX_QUERY_BYTES)
     if not text.strip():
         raise BadInput(field, "is white space only; allowed: a text")
-    return (await service.embedder.embed([text], "query"))[0]
+    vectors: npt.NDArray[np.float32] = await service.embedder.embed([text], "query")
+    return vectors.reshape(-1)
 
 
 EXAMPLE = SearchRequest(

@@ -1,5 +1,6 @@
 """POST /search: filters, thresholds, limits and honest answers."""
 
+import psycopg
 import pytest
 
 from tests.api.test_documents_api import problem
@@ -137,8 +138,6 @@ async def test_an_exhausted_pool_is_a_503_with_retry_after(client, app, settings
 
 
 async def test_a_search_after_the_server_cut_every_connection_works(client, corpus, cluster, database_name):
-    import psycopg
-
     await search(client)
     with psycopg.connect(cluster.admin, autocommit=True) as admin:
         admin.execute(

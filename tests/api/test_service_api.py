@@ -2,11 +2,12 @@
 
 import re
 
+import httpx
 import psycopg
 import pytest
 from msgspec.structs import replace
 
-from app import roles
+from app import roles, search
 from app.asgi import create_app
 from app.errors import ModelMismatch, SetupError, Unsafe
 from app.settings import Settings
@@ -27,8 +28,6 @@ async def test_ready_names_revision_and_model_and_asks_no_model(client, openai):
 
 
 async def test_on_an_old_schema_the_service_lives_but_is_not_ready_until_it_is_migrated(settings, owner):
-    import httpx
-
     owner.execute("update alembic_version set version_num = '0000'")
     app = create_app(settings)
     async with (
@@ -51,8 +50,6 @@ async def test_a_newer_schema_is_fine(settings, owner):
 
 
 async def test_without_a_database_the_service_starts_and_says_so(settings):
-    import httpx
-
     app = create_app(replace(settings, database_url="postgresql://nobody@127.0.0.1:9/none"))
     async with (
         app.lifespan(),
@@ -66,7 +63,11 @@ async def test_without_a_database_the_service_starts_and_says_so(settings):
 
 @pytest.mark.parametrize("change", [{"embedding_dimensions": 32}, {"embedding_model": "text-embedding-3-large"}])
 async def test_another_model_than_recorded_is_refused_at_start(settings, change):
-    with pytest.RaisesGroup(pytest.RaisesExc(ModelMismatch, match=r"holds vectors of text-embedding-3-small with 64 dimensions.*pgrecall migrate")):
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(
+            ModelMismatch, match=r"holds vectors of text-embedding-3-small with 64 dimensions.*pgrecall migrate"
+        )
+    ):
         async with create_app(replace(settings, **change)).lifespan():
             pass
 
@@ -109,8 +110,6 @@ async def test_unknown_routes_and_methods_are_problems(client):
 
 
 async def test_an_unexpected_error_is_a_problem_without_its_words(client, monkeypatch):
-    from app import search
-
     async def broken(*_, **__):
         raise RuntimeError("secret inner detail")
 

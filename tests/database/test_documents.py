@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from app import documents, filters
 from app.documents import Draft, put
@@ -15,7 +16,9 @@ from app.search import Conditions
 PROSE = " ".join(
     f"Sentence number {n} tells of the {word} that was seen near the {place}."
     for n, (word, place) in enumerate(
-        (w, p) for w in "heron otter badger lynx marten ermine".split() for p in "mill ford weir quay lock ferry".split()
+        (w, p)
+        for w in ("heron", "otter", "badger", "lynx", "marten", "ermine")
+        for p in ("mill", "ford", "weir", "quay", "lock", "ferry")
     )
 )
 
@@ -42,7 +45,12 @@ async def test_a_new_document_is_created_and_can_be_read_back_to_the_character(w
     assert outcome.status == "created"
     assert outcome.embedded == len(rows(owner)) > 1
     document = await documents.get(database, "acme", "a")
-    assert (document.content, document.doc_type, document.metadata, document.title) == (text, "note", {"lang": "en"}, "Otters")
+    assert (document.content, document.doc_type, document.metadata, document.title) == (
+        text,
+        "note",
+        {"lang": "en"},
+        "Otters",
+    )
     assert document.version == 1
     assert document.state == "ready"
     chunks = owner.execute("select content, start_offset from document_chunks order by chunk_index").fetchall()
@@ -74,9 +82,13 @@ async def test_changed_text_keeps_the_rows_of_unchanged_chunks(write, owner, ope
 
 async def test_a_sentence_at_the_start_of_200_chunks_rewrites_at_most_two(write, owner):
     text = "\n\n".join(
-        " ".join(f"Paragraph {p} says in sentence {s} that {w} matter a great deal to everyone." for s, w in enumerate(words))
+        " ".join(
+            f"Paragraph {p} says in sentence {s} that {w} matter a great deal to everyone." for s, w in enumerate(words)
+        )
         for p in range(90)
-        for words in [("birds fish trees rocks rivers clouds stars seeds roots winds tides moons" * (1 + p % 2)).split()]
+        for words in [
+            ("birds fish trees rocks rivers clouds stars seeds roots winds tides moons" * (1 + p % 2)).split()
+        ]
     )
     await write(Draft("a", text))
     before = rows(owner)
@@ -96,7 +108,9 @@ async def test_metadata_alone_changed_is_an_update_without_embedding(write, owne
     assert owner.execute("select distinct metadata ->> 'v', doc_type from documents").fetchall() == [("2", "note")]
 
 
-@pytest.mark.parametrize(("old", "new"), [({"x": 1}, {"x": True}), ({"x": 1}, {"x": "1"}), ({"x": None}, {}), ({"x": 0}, {"x": False})])
+@pytest.mark.parametrize(
+    ("old", "new"), [({"x": 1}, {"x": True}), ({"x": 1}, {"x": "1"}), ({"x": None}, {}), ({"x": 0}, {"x": False})]
+)
 async def test_metadata_of_another_type_is_a_change(write, old, new):
     await write(Draft("a", "text", metadata=old))
     assert (await write(Draft("a", "text", metadata=new)))[0].status == "updated"
@@ -160,7 +174,10 @@ class TestOwnVectors:
         await write(Draft("a", "text", embedding=self.vector))
         assert (await write(Draft("a", "text", embedding=list(map(float, self.vector)))))[0].status == "unchanged"
         assert (await write(Draft("a", "text", embedding=self.vector * 2)))[0].status == "updated"
-        assert owner.execute("select count(*), min(embedding::text) like '[2,4,%' from documents").fetchone() == (1, True)
+        assert owner.execute("select count(*), min(embedding::text) like '[2,4,%' from documents").fetchone() == (
+            1,
+            True,
+        )
 
     async def test_give_way_to_ours_and_back(self, write, owner):
         await write(Draft("a", "text", embedding=self.vector))
@@ -275,8 +292,6 @@ async def test_a_write_that_fails_after_embedding_does_not_pay_again(write, owne
 
 
 async def test_the_cache_stays_within_its_bound(database, embedder, settings, owner):
-    from msgspec.structs import replace
-
     small = replace(settings, cache_rows=3)
     for n in range(10):
         await put(database, embedder, small, "acme", [Draft("a", f"version {n} of the text")])
@@ -288,7 +303,9 @@ async def test_two_writers_of_one_document_leave_one_version_whole(write, owner,
 
     async def writer(n):
         for turn in range(4):
-            await write(Draft("a", versions[(n + turn) % 4], metadata={"v": (n + turn) % 4}), Draft(f"w{n}", f"own {turn}"))
+            await write(
+                Draft("a", versions[(n + turn) % 4], metadata={"v": (n + turn) % 4}), Draft(f"w{n}", f"own {turn}")
+            )
 
     await asyncio.gather(*(writer(n) for n in range(4)))
     content, keys, metadata = owner.execute(
@@ -319,7 +336,9 @@ async def test_writers_and_deleters_of_one_document_never_leave_half(write, owne
 
 
 async def test_pages_follow_the_ids_and_filters_apply(write, database):
-    await write(*(Draft(f"d{n:02}", f"text {n}", doc_type="odd" if n % 2 else "even", metadata={"n": n}) for n in range(25)))
+    await write(
+        *(Draft(f"d{n:02}", f"text {n}", doc_type="odd" if n % 2 else "even", metadata={"n": n}) for n in range(25))
+    )
     seen, after = [], None
     while page := await documents.page(database, "acme", Conditions(), limit=10, after=after):
         seen += [d.id for d in page]

@@ -1,10 +1,10 @@
 """Migrations: up, down and up again, with SQL for a DBA, two at once, without rights, and against the models."""
 
 import io
+import secrets
 import subprocess
 import sys
 import threading
-from contextlib import redirect_stdout
 
 import psycopg
 import pytest
@@ -17,19 +17,15 @@ from sqlalchemy import Column, Text
 
 from app import local, schema, tables
 from app.errors import SetupError
-from tests.conftest import cloned, settings_for
+from tests.conftest import cloned, passwords, settings_for
 
 
 @pytest.fixture
 def empty(cluster):
     """A database with roles and extensions and nothing else; its name."""
-    import secrets
-
     name = f"test_{secrets.token_hex(6)}"
     local.bootstrap(cluster.admin, name)
-    from tests.conftest import _passwords
-
-    _passwords(cluster)
+    passwords(cluster)
     yield name
     with psycopg.connect(cluster.admin, autocommit=True) as admin:
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
@@ -201,7 +197,7 @@ def test_a_lock_that_is_not_to_be_had_stops_the_migration_and_changes_nothing(se
 def test_without_the_extension_and_the_right_to_create_it_the_error_says_what_to_ask(settings, cluster, empty):
     with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
         admin.execute("drop extension vector")
-    with pytest.raises(SetupError, match="extension vector, which this login may not create.*CREATE EXTENSION vector"):
+    with pytest.raises(SetupError, match=r"extension vector, which this login may not create.*CREATE EXTENSION vector"):
         schema.migrate(settings)
 
 

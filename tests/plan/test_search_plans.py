@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 
 import numpy as np
 import psycopg
 import pytest
 from msgspec.structs import replace
+from psycopg.adapt import PyFormat
+from psycopg.pq import Format
 
 from app import filters, roles, search
 from app.database import Database, rendered
@@ -21,7 +24,9 @@ EXACT_ROWS = 1_000
 def vectors(count: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     centres = np.random.default_rng(7).standard_normal((40, DIMENSIONS))
-    return (centres[generator.integers(0, 40, count)] + 0.7 * generator.standard_normal((count, DIMENSIONS))).astype(np.float32)
+    return (centres[generator.integers(0, 40, count)] + 0.7 * generator.standard_normal((count, DIMENSIONS))).astype(
+        np.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +160,6 @@ def test_a_selective_filter_uses_its_index_within_the_tenant(settings, condition
 
 
 def test_a_date_window_uses_its_index(settings):
-    from datetime import UTC, datetime
-
     window = Conditions(
         created_after=datetime(2026, 1, 5, tzinfo=UTC), created_before=datetime(2026, 1, 5, 1, tzinfo=UTC)
     )
@@ -275,9 +278,6 @@ async def test_a_search_is_one_round_trip_for_a_small_tenant_and_two_for_a_large
 async def test_the_vector_travels_in_binary(database, settings):
     async with database._read_engine.connect() as pooled:
         connection = (await pooled.get_raw_connection()).driver_connection
-        from psycopg.adapt import PyFormat
-        from psycopg.pq import Format
-
         dumper = connection.adapters.get_dumper(np.ndarray, PyFormat.AUTO)
         assert dumper.format == Format.BINARY
         cursor = connection.cursor()

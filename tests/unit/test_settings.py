@@ -79,7 +79,9 @@ def test_every_setting_is_documented_and_nothing_else(root):
 
 
 def test_documented_defaults_are_the_real_ones(root):
-    for name, default in re.findall(r"^\| `([A-Z_]+)` \| ([^|]+) \|", (root / "docs/settings.md").read_text(), re.MULTILINE):
+    for name, default in re.findall(
+        r"^\| `([A-Z_]+)` \| ([^|]+) \|", (root / "docs/settings.md").read_text(), re.MULTILINE
+    ):
         field = next(f for f in msgspec.structs.fields(Settings) if settings.variable(f.name) == name)
         if isinstance(field.default, (int, float)):
             assert str(field.default).lower().removesuffix(".0") == default.strip("` "), name

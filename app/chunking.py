@@ -123,19 +123,19 @@ def _units(text: str, sizes: _Sizes, limit: int) -> list[_Unit]:
 
 
 def _ranks(texts: Iterator[str]) -> Iterator[int]:
-    """A pseudo-random number for each unit, told by its words, and by what precedes it where it repeats a recent one."""
-    recent: dict[bytes, int] = {}
-    rank = b""
+    """A pseudo-random number for each unit, told by its words, and by its predecessors where a sequence repeats."""
+    recent: dict[tuple[bytes, bytes], int] = {}
+    before, rank = b"", b""
     for place, text in enumerate(texts):
         words = text.strip().encode()
-        repeats = place - recent.get(words, -REPEAT) < REPEAT
-        recent[words] = place
-        rank = hashlib.blake2b(words + rank if repeats else words, digest_size=8).digest()
+        repeats = place - recent.get((before, words), -REPEAT) < REPEAT
+        recent[before, words] = place
+        before, rank = words, hashlib.blake2b(words + rank if repeats else words, digest_size=8).digest()
         yield int.from_bytes(rank)
 
 
 REPEAT = 64
-"""Units within which equal ones need different ranks: among a thousand equal rows there is no best place for a cut."""
+"""Units within which repetitions need other ranks: among a thousand equal rows there is no best place for a cut."""
 
 _LINES = re.compile(r"[^\n]*\n|[^\n]+")
 _FENCE = re.compile(r"`{3,}(?=[^`]*$)|~{3,}")
@@ -154,31 +154,33 @@ def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
                 yield start, LINE, False
             if line.startswith(fence) and not line.strip(fence[0]):
                 fence = ""
-            continue
-        if not line:
+        elif not line:
             gap = True
-            continue
-        before, kind = kind, "prose"
-        opens = gap or before != "prose"
-        if before == "underlined" and not gap:
+        elif kind == "underlined" and not gap:
             kind = "heading"
-        elif (opening := _FENCE.match(line)) and (opens or line[0] == "`"):
-            fence, kind = opening[0], "code"
-            yield start, BLOCK, False
-        elif hashes := _HASHES.match(line):
-            kind = "heading"
-            yield start, HEADING + 6 - len(hashes[1]), False
-        elif line.startswith("|"):
-            kind = "row"
-            yield start, LINE if before == "row" and not gap else BLOCK, False
-        elif opens and _UNDERLINE.fullmatch(following):
-            kind = "underlined"
-            yield start, HEADING + (5 if following[0] in "=*" else 4), False
-        elif _MARKER.match(line + " "):
-            yield start, ITEM, True
-        elif opens:
-            yield start, BLOCK, True
-        gap = False
+        else:
+            before = "" if gap else kind
+            kind, strength = _line(line, before, following)
+            if strength:
+                yield start, strength, kind == "prose"
+            if kind == "code":
+                fence = _FENCE.findall(line)[0]
+            gap = False
+
+
+def _line(line: str, before: str, following: str) -> tuple[str, int]:
+    """Kind of a line and strength of a cut before it, 0 where it goes on with the block before."""
+    if _FENCE.match(line) and (line[0] == "`" or before != "prose"):
+        return "code", BLOCK
+    if hashes := _HASHES.match(line):
+        return "heading", HEADING + 6 - len(hashes[1])
+    if line.startswith("|"):
+        return "row", LINE if before == "row" else BLOCK
+    if before != "prose" and _UNDERLINE.fullmatch(following):
+        return "underlined", HEADING + (5 if following[0] in "=*" else 4)
+    if _MARKER.match(line + " "):
+        return "prose", ITEM
+    return "prose", 0 if before == "prose" else BLOCK
 
 
 _SURE = re.compile(r"(?<=[a-zà-ÿα-ωа-я]{4})[.!?]\s+(?=[A-ZÀ-ÞΑ-ΩА-Я])|[。！？।]\s*(?![」』”’）\s])")
@@ -189,9 +191,10 @@ def _sentences(text: str, start: int, end: int) -> Iterator[int]:
     """Where the sentences of the block text[start:end] start, its first one left out."""
     if marker := _MARKER.match(text, start, end):
         start = marker.end()
+    end = start + len(text[start:end].rstrip())
     windows = [start, end]
     if end - start > WINDOW:
-        sure = (stop.end() for stop in _SURE.finditer(text, start, end - 1))
+        sure = (stop.end() for stop in _SURE.finditer(text, start, end))
         windows[1:1] = (at for at in sure if zlib.crc32(text[at : at + 24].encode()) % 4 == 0)
     for first, last in pairwise(windows):
         stops = [last]

@@ -26,7 +26,7 @@ def json(value: Any) -> None:
 
 def say(text: str) -> None:
     """A sentence for the person, on standard error: standard output is for results."""
-    err.print(escape(text))
+    err.print(escape(text), soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> None:

@@ -1,0 +1,299 @@
+"""The command line on an embedded database of its own, with the local model."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import psycopg
+import pytest
+
+from app import demo, embedded
+from app.__main__ import main, parser
+from app.drafts import Draft
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """An embedded database that stays up for the module, as beside a running server."""
+    path = tmp_path_factory.mktemp("data") / "pg"
+    with contextlib.closing(embedded.start(path, durable=False)):
+        yield path
+
+
+@pytest.fixture
+def run(data_dir, monkeypatch, capsys):
+    """Run a command; its exit status, standard output and standard error."""
+    monkeypatch.setenv("PGRECALL_DATA_DIR", str(data_dir))
+
+    def _run(*arguments):
+        status = main(list(map(str, arguments)))
+        return status, *capsys.readouterr()
+
+    return _run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "docs/deep").mkdir(parents=True)
+    (tmp_path / "docs/otters.md").write_text("# Otters\n\nOtters eat fish and sleep in rafts.\n")
+    (tmp_path / "docs/deep/engines.txt").write_text("The engine is started by turning the key to the right.")
+    (tmp_path / "docs/.hidden.md").write_text("never read")
+    (tmp_path / "docs/picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "faq.jsonl").write_text(
+        '{"id": "faq/1", "content": "To reset a password open the settings.", "doc_type": "faq", "metadata": {"lang": "en"}}\n'
+        "\n"
+        '{"id": "faq/2", "content": "Une réponse en français.", "metadata": {"lang": "fr"}, "created_at": "2024-01-01T00:00:00Z"}\n'
+    )
+    return tmp_path
+
+
+def test_ingest_search_ask_and_status(run, folder):
+    status, out, err = run(
+        "ingest", folder / "docs", folder / "faq.jsonl", "--tenant", "cli", "--metadata", '{"src": "t"}'
+    )
+    assert status == 0
+    assert "4 created, 0 updated, 0 unchanged" in err
+    status, out, err = run(
+        "ingest", folder / "docs", folder / "faq.jsonl", "--tenant", "cli", "--metadata", '{"src": "t"}', "--json"
+    )
+    assert json.loads(out)["unchanged"] == 4
+
+    status, out, _ = run("search", "what do otters eat?", "--tenant", "cli", "--json")
+    found = json.loads(out)
+    assert (status, found["results"][0]["id"], found["scan"]["strategy"]) == (0, "otters.md", "exact")
+    assert found["results"][0]["metadata"] == {"src": "t"}
+    status, out, _ = run("search", "password", "--tenant", "cli", "--doc-type", "faq", "--metadata", '{"lang": "en"}')
+    assert "faq/1" in out
+    assert "otters" not in out
+
+    status, out, _ = run("ask", "How is the engine started?", "--tenant", "cli", "--json")
+    answer = json.loads(out)
+    assert answer["model"] == "extractive"
+    assert answer["cited"]
+    assert "turning the key" in answer["answer"]
+    assert "[Source " in answer["answer"]
+    status, out, _ = run("ask", "How is the engine started?", "--tenant", "cli")
+    assert "deep/engines.txt" in out
+    status, out, _ = run("ask", "Who won the football match in 1954?", "--tenant", "cli", "--json")
+    assert json.loads(out)["cited"] == []
+
+    status, out, _ = run("status", "--json")
+    report = json.loads(out)
+    assert next(t for t in report["tenants"] if t["tenant_id"] == "cli")["documents"] == 4
+    assert report["embedding_model"] == "all-MiniLM-L6-v2-int8"
+    url = re.search(r"'(postgresql://[^']+)'", report["psql"])[1]
+    with psycopg.connect(url) as analyst:
+        assert analyst.execute("select count(*) from document_chunks where tenant_id = 'cli'").fetchone() == (4,)
+    status, out, _ = run("status")
+    assert "cli" in out
+
+
+def test_unreadable_files_and_lines_are_reported_and_the_rest_goes_on(run, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "blank.txt").write_text("  \n")
+    (tmp_path / "good.txt").write_text("A readable text.")
+    (tmp_path / "rows.jsonl").write_text('{"id": "r1", "content": "fine"}\n{"id": "r2"}\nnot json\n')
+    status, out, err = run("ingest", tmp_path, "--tenant", "mixed", "--json")
+    report = json.loads(out)
+    assert (status, report["created"]) == (1, 2)
+    faults = {item["path"].rpartition("/")[2]: item["fault"] for item in report["skipped"]}
+    assert set(faults) == {"latin.txt", "blank.txt", "rows.jsonl:2", "rows.jsonl:3"}
+    assert "UTF-8" in faults["latin.txt"]
+    assert "skipped" in err
+
+
+def test_migrate_says_whether_there_was_anything_to_do(run):
+    status, out, _ = run("migrate", "--json")
+    assert status == 0
+    assert json.loads(out)["revision"] == "0001"
+    assert json.loads(run("migrate", "--json")[1]) == {"revision": "0001", "migrated": False}
+
+
+def test_roles_prints_sql_that_can_be_run_again(run, cluster):
+    status, out, _ = run("roles", "--login", "postgres")
+    assert status == 0
+    assert "create role" in out
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        admin.execute(out.encode())
+        admin.execute(out.encode())
+        assert admin.execute("select count(*) from pg_roles where rolname like 'pgrecall\\_%%'").fetchone()[0] >= 4
+
+
+def test_roles_apply(run, cluster):
+    status, _, err = run("roles", "--apply", "--url", cluster.admin)
+    assert status == 0
+    assert "pgrecall_app" in err
+
+
+def test_settings_show_source_and_mask_secrets(run, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u:hidden@h/d")
+    status, out, _ = run("settings", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert (rows["OPENAI_API_KEY"]["value"], rows["OPENAI_API_KEY"]["source"]) == ("********", "environment")
+    assert rows["PGRECALL_POOL_SIZE"]["source"] == "default"
+    assert "very-secret" not in out
+    assert "hidden" not in out
+    assert run("settings")[0] == status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["search", "x", "--tenant", "no spaces"], "--tenant"),
+        (["search", "x", "--tenant", "t", "--metadata", "{"], "--metadata"),
+        (["search", "x", "--tenant", "t", "--metadata", '{"a": {"$foo": 1}}'], "$foo"),
+        (["ingest", "/nowhere/at/all", "--tenant", "t"], "does not exist"),
+        (["serve", "--host", "0.0.0.0"], "--insecure"),
+        (["serve", "--host", "example.org"], "--insecure"),
+    ],
+)
+def test_refusals_name_the_fault_and_exit_with_2(run, arguments, words):
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["search"], ["search", "x", "--tenant", "t", "--top-k", "0"], ["serve", "--port", "x"], []]
+)
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_a_wrong_setting_stops_with_its_name(run, monkeypatch):
+    monkeypatch.setenv("PGRECALL_POOL_SIZE", "0")
+    status, _, err = run("status")
+    assert (status, "PGRECALL_POOL_SIZE" in err, "1 to 1000" in err) == (2, True, True)
+
+
+def test_a_database_of_another_model_is_refused(run, monkeypatch, folder):
+    run("migrate")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    status, _, err = run("search", "x", "--tenant", "t")
+    assert status == 2
+    assert "holds vectors of all-MiniLM-L6-v2-int8 with 384 dimensions" in err
+
+
+def test_every_command_has_help_with_examples(capsys):
+    (several,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
+    assert set(several.choices) == {
+        "serve", "demo", "migrate", "roles", "ingest", "search", "ask", "settings", "status"
+    }  # fmt: skip
+    for name in several.choices:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert "examples:\n  " in capsys.readouterr().out
+
+
+def test_the_demo_goes_from_nothing_to_a_cited_answer_and_ingests_only_once(run, monkeypatch):
+    few = [draft for draft in demo.drafts() if draft.id in ("reference/with", "reference/raise", "reference/del")]
+    assert len(few) == 3
+    monkeypatch.setattr(demo, "drafts", lambda: few)
+    status, out, err = run("demo", "--once")
+    assert status == 0
+    assert "3 created" in err
+    assert out.count("rank") == 3
+    assert "[Source 1]" in out
+    status, out, err = run("demo", "--once")
+    assert "3 unchanged; chunks: 0 embedded" in err
+
+
+def test_the_demo_corpus_is_real_prose_within_the_limits():
+    drafts = demo.drafts()
+    assert len(drafts) > 50
+    assert sum(len(draft.content) for draft in drafts) > 300_000
+    assert all(isinstance(draft, Draft) for draft in drafts)
+
+
+@contextlib.contextmanager
+def serving(data_dir, *options):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PGRECALL")} | {
+        "PGRECALL_DATA_DIR": str(data_dir)
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "serve", "--port", "0", *options],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stderr:
+            if found := re.search(r"serving on (http://\S+),", line):
+                yield process, found[1]
+                break
+        else:
+            pytest.fail("the server ended before it served")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stderr.close()
+        process.wait()
+
+
+def postmaster(data_dir):
+    path = data_dir / "postgres/postmaster.pid"
+    return int(path.read_text().split("\n")[0]) if path.exists() else None
+
+
+def test_serve_brings_a_database_along_and_ctrl_c_stops_both(tmp_path):
+    with serving(tmp_path / "pg") as (process, address):
+        assert httpx.get(f"{address}/health/ready").json()["status"] == "ready"
+        assert postmaster(tmp_path / "pg") is not None
+        body = {"tenant_id": "t", "content": "A heron stands in the water."}
+        assert httpx.put(f"{address}/documents/a%2Fb", json=body, timeout=30).status_code == 201
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+        assert postmaster(tmp_path / "pg") is None
+    with serving(tmp_path / "pg", "--workers", "2") as (process, address):
+        found = httpx.post(f"{address}/search", json={"tenant_id": "t", "query": "bird"}, timeout=30).json()
+        assert [hit["id"] for hit in found["results"]] == ["a/b"]
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert postmaster(tmp_path / "pg") is None
+
+
+def test_a_killed_server_starts_again_and_has_what_it_acknowledged(tmp_path):
+    with serving(tmp_path / "pg") as (process, address):
+        body = {"tenant_id": "t", "content": "A heron stands in the water."}
+        assert httpx.put(f"{address}/documents/a", json=body, timeout=30).status_code == 201
+        database = postmaster(tmp_path / "pg")
+        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(database, signal.SIGKILL)
+        process.wait()
+        time.sleep(0.2)
+    with serving(tmp_path / "pg") as (process, address):
+        assert httpx.get(f"{address}/documents/a", params={"tenant_id": "t"}).json()["content"] == body["content"]
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=20)
+    assert postmaster(tmp_path / "pg") is None
+
+
+def test_several_processes_from_nothing_share_one_server(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PGRECALL")} | {
+        "PGRECALL_DATA_DIR": str(tmp_path / "pg")
+    }
+    several = [
+        subprocess.Popen(
+            [sys.executable, "-m", "app", "status", "--json"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    results = [process.communicate(timeout=60) for process in several]
+    assert [process.returncode for process in several] == [0, 0, 0], results
+    assert all(json.loads(out)["revision"] == "0001" for out, _ in results)
+    assert postmaster(tmp_path / "pg") is None

@@ -183,7 +183,7 @@ def _line(line: str, before: str, following: str) -> tuple[str, int]:
     return "prose", 0 if before == "prose" else BLOCK
 
 
-_SURE = re.compile(r"(?<=[a-zà-ÿα-ωа-я]{4})[.!?]\s+(?=[A-ZÀ-ÞΑ-ΩА-Я])|[。！？।]\s*(?![」』”’）\s])")
+_SURE = re.compile(r"(?<=[a-zà-ÿα-ωа-я]{4})[.!?]\s+(?=[A-ZÀ-ÞΑ-ΩА-Я])|[。！？।]\s*(?![」』”’）\s])")  # noqa: RUF001
 """Ends of sentences beyond doubt."""
 
 
@@ -204,7 +204,7 @@ def _sentences(text: str, start: int, end: int) -> Iterator[int]:
             before = text[max(start, stop - 16) : stop].rstrip()[-1:]
             after = next((at for at in range(stop, end) if not text[at].isspace()), end)
             # two repairs: no sentence ends in "call f (a) (b)", nor in "approx. 5"
-            if after < end and not before.isalnum() and not (before == "." and text[after].isdigit()):
+            if before and after < end and not before.isalnum() and not (before == "." and text[after].isdigit()):
                 yield after
 
 
@@ -232,9 +232,9 @@ def _half(_: str, start: int, end: int) -> Iterator[int]:
 
 
 _FRAGMENTS: tuple[tuple[int, _Places], ...] = (
-    (STOP, _ends(r"[.!?…][\"'”’»)\]]{0,4}\s+|[。！？｡।]\s*")),
+    (STOP, _ends(r"[.!?…][\"'”’»)\]]{0,4}\s+|[。！？｡।]\s*")),  # noqa: RUF001
     (LINE, _ends(r"\n\s*")),
-    (CLAUSE, _ends(r"[,;:)\]]\s+|\s(?=[(\[])|[—–]\s*|\s-\s+|[，；：、）]\s*")),
+    (CLAUSE, _ends(r"[,;:)\]]\s+|\s(?=[(\[])|[—–]\s*|\s-\s+|[，；：、）]\s*")),  # noqa: RUF001
     (WORD, _phrases),
     (WORD, _ends(_WORD.pattern)),
 )

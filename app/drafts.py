@@ -52,6 +52,12 @@ def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:
     return None if draft.embedding is None else check_vector(draft.embedding, dimensions)
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise BadInput unless `low` <= `value` <= `high`."""
+    if not low <= value <= high:
+        raise BadInput(name, f"is {value}; allowed: {low:,} to {high:,}")
+
+
 def check_text(name: str, text: str, least: int, most: int) -> None:
     """Raise BadInput unless the text is `least` to `most` bytes of valid Unicode without NUL."""
     try:

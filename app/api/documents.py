@@ -18,7 +18,7 @@ from app.api.paths import decoded
 from app.api.search import TenantId, conditions
 from app.api.service import Service
 from app.documents import Document, Outcome
-from app.drafts import MAX_ID_BYTES, Draft, check_text
+from app.drafts import MAX_ID_BYTES, Draft, check_range, check_text
 from app.errors import BadInput
 
 MAX_BATCH_BODY = 64_000_000
@@ -318,7 +318,7 @@ def _metadata(text: str | None) -> dict[str, Any]:
 async def list_documents(
     service: NamedDependency[Service],
     tenant_id: TenantQuery,
-    limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE, description="Documents a page.")] = 100,
+    limit: Annotated[int, QueryParameter(description=f"Documents a page, 1 to {MAX_PAGE:,}.")] = 100,
     after: Annotated[str | None, QueryParameter(description="`next` of the page before.")] = None,
     doc_type: DocTypeQuery = None,
     metadata: MetadataQuery = None,
@@ -327,6 +327,7 @@ async def list_documents(
 ) -> DocumentPage:
     """A keyset page: documents written meanwhile neither shift nor repeat the others."""
     tenants.check(tenant_id)
+    check_range("limit", limit, 1, MAX_PAGE)
     if after is not None:
         check_text("after", after, 0, MAX_ID_BYTES)
     narrowed = conditions(doc_type, _metadata(metadata), created_after, created_before)

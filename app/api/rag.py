@@ -13,9 +13,9 @@ from litestar.params import Body
 from litestar.response import Stream
 from msgspec import Meta, Struct
 
-from app import rag, search, tenants
+from app import rag, search
 from app.api import problems
-from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, conditions, embedded
+from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, asked, embedded
 from app.api.service import Service
 from app.chat import Usage
 from app.drafts import check_text
@@ -80,8 +80,7 @@ async def answer_question(
     With `"stream": true` the answer comes as server-sent events: `event: sources` first, then a `data: {"token": …}` for
     each piece, then `event: usage` or `event: error`, and `data: [DONE]` last.
     """
-    tenants.check(data.tenant_id)
-    narrowed = conditions(data.doc_type, data.metadata, data.created_after, data.created_before)
+    narrowed = asked(data)
     if data.system_prompt is not None:
         check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
     vector = await embedded(service, data.question, "question")

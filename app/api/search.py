@@ -1,7 +1,7 @@
 """`POST /search`: the chunks most similar to a question or a vector."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,21 @@ from msgspec import Meta, Struct
 from app import filters, search, tenants
 from app.api import problems
 from app.api.service import Service
-from app.drafts import check_text, check_vector
+from app.drafts import check_range, check_text, check_vector
 from app.errors import BadInput
 from app.search import Conditions, Hit, Scan
 
 MAX_QUERY_BYTES = 32_000
 
 TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
-TopK = Annotated[int, Meta(ge=1, le=search.MAX_TOP_K, description="At most this many chunks.")]
-Threshold = Annotated[float, Meta(ge=-1, le=1, description="Least cosine similarity, in [-1, 1].")]
+# Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed.
+TopK = Annotated[
+    int,
+    Meta(description="At most this many chunks.", extra_json_schema={"minimum": 1, "maximum": search.MAX_TOP_K}),
+]
+Threshold = Annotated[
+    float, Meta(description="Least cosine similarity, in [-1, 1].", extra_json_schema={"minimum": -1, "maximum": 1})
+]
 DocType = Annotated[
     str | list[str] | None, Meta(description="This type, or one of these; an empty list matches nothing.")
 ]
@@ -55,6 +61,27 @@ class SearchResponse(Struct):
     results: list[Hit]
     count: int
     scan: Scan
+
+
+class Narrowed(Protocol):
+    """What searches and questions have in common."""
+
+    tenant_id: str
+    top_k: int
+    threshold: float | None
+    doc_type: str | list[str] | None
+    metadata: dict[str, Any]
+    created_after: datetime | None
+    created_before: datetime | None
+
+
+def asked(data: Narrowed) -> Conditions:
+    """The filters of a search or a question, whose tenant and numbers are in range. Raises BadInput."""
+    tenants.check(data.tenant_id)
+    check_range("top_k", data.top_k, 1, search.MAX_TOP_K)
+    if data.threshold is not None:
+        check_range("threshold", data.threshold, -1, 1)
+    return conditions(data.doc_type, data.metadata, data.created_after, data.created_before)
 
 
 def conditions(
@@ -122,8 +149,7 @@ async def search_chunks(
     data: Annotated[SearchRequest, Body(examples=[Example("a question with filters", value=EXAMPLE)])],
 ) -> SearchResponse:
     """min(top_k, matching) chunks of the tenant, never fewer; `scan` says whether an index was walked."""
-    tenants.check(data.tenant_id)
-    narrowed = conditions(data.doc_type, data.metadata, data.created_after, data.created_before)
+    narrowed = asked(data)
     if (data.query is None) == (data.embedding is None):
         raise BadInput("query", "give either query or embedding, not both and not neither")
     if data.embedding is not None:

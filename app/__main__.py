@@ -1,6 +1,7 @@
 """The command line: arguments in, exit status out."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,8 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. 0 done, 1 done in part, 2 refused, 130 interrupted."""
     asked = parser().parse_args(arguments)
+    # SIGTERM ends like Ctrl-C does: the embedded database is stopped, not left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = settings.read()
         telemetry.set_up(config)

@@ -62,6 +62,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         plugins=[problems.plugin],
         middleware=[BodyGuard(settings.body_timeout)],
         request_max_body_size=MAX_BODY,
+        logging_config=None,  # Litestar's own would replace what telemetry set up: request ids and blotted secrets
         openapi_config=OpenAPIConfig(
             title="pgrecall",
             version=__version__,

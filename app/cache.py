@@ -1,5 +1,6 @@
 """Vectors already paid for: the same text of the same tenant is embedded once, across calls and processes."""
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from sqlalchemy import ARRAY, Integer, LargeBinary, bindparam, delete, func, sel
 from sqlalchemy.dialects.postgresql import insert
 
 from app.database import Database, rendered
-from app.embedding import Embedder
+from app.embedding import MAX_INPUTS, MAX_REQUEST_TOKENS, Embedder, batches
+from app.errors import EmbeddingFailed
 from app.settings import Settings
 from app.tables import embedding_cache as cached
 
@@ -55,20 +57,43 @@ async def embed(
         for row in await _known(database, tenant_id, key | {"digests": list(dict.fromkeys(digests))})
     }
     missing = {d: text for d, text in zip(digests, texts, strict=True) if d not in known}
-    if missing:
-        computed = dict(zip(missing, await embedder.embed(list(missing.values()), "document"), strict=True))
-        async with database.write(tenant_id) as connection:
-            # In the order of the key: two calls with the same texts must not wait for each other in a circle.
-            await connection.execute(
-                insert(cached).on_conflict_do_nothing(),
-                [
-                    key | {"input_type": "document", "content_sha256": d, "embedding": v}
-                    for d, v in sorted(computed.items(), key=lambda item: item[0])
-                ],
-            )
-            await connection.execute(FORGET, {"tenant_id": tenant_id, "kept": settings.cache_rows})
-        known |= computed
+    tokens = embedder.count_tokens(list(missing.values()))
+    runs = [list(missing)[run.start : run.stop] for run in batches(tokens, MAX_INPUTS, MAX_REQUEST_TOKENS)]
+
+    async def compute(run: list[bytes]) -> None:
+        computed = dict(zip(run, await embedder.embed([missing[d] for d in run], "document"), strict=True))
+        await _keep(database, settings, tenant_id, key, computed)
+        known.update(computed)
+
+    # One failed run does not lose the others' work: they are awaited and kept before the failure is told.
+    outcomes = await asyncio.gather(*(compute(run) for run in runs), return_exceptions=True)
+    for run, outcome in zip(runs, outcomes, strict=True):
+        if isinstance(outcome, EmbeddingFailed) and outcome.index is not None:
+            raise EmbeddingFailed(str(outcome), digests.index(run[outcome.index])) from outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
     return np.stack([known[d] for d in digests])
+
+
+async def _keep(
+    database: Database,
+    settings: Settings,
+    tenant_id: str,
+    key: dict[str, Any],
+    computed: dict[bytes, npt.NDArray[np.float32]],
+) -> None:
+    # In the order of the key: two calls with the same texts must not wait for each other in a circle.
+    rows = [
+        key | {"input_type": "document", "content_sha256": d, "embedding": v}
+        for d, v in sorted(computed.items(), key=_first)
+    ]
+    async with database.write(tenant_id) as connection:
+        await connection.execute(insert(cached).on_conflict_do_nothing(), rows)
+        await connection.execute(FORGET, {"tenant_id": tenant_id, "kept": settings.cache_rows})
+
+
+def _first(item: tuple[bytes, Any]) -> bytes:
+    return item[0]
 
 
 _KNOWN = rendered(KNOWN)

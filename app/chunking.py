@@ -10,7 +10,7 @@ the top would move every cut below it, and every chunk would be embedded again. 
 A place is the better for a cut the farther it reaches, that is, the longer the stretch around it that holds no
 stronger place (or one as strong and of higher rank). Best first, a place becomes a cut if the stretch between the two
 cuts around it is still over the limit. So an edit touches the chunks around it and no others, even in one paragraph
-of a thousand sentences, and since places that reach far stand apart, chunks are about two thirds full.
+of a thousand sentences; and since places that reach far stand apart, chunks are fairly full (63 % on prose).
 
 Token counts do not add up exactly, so chunks are counted as they are, and those over the limit are cut again. Last,
 a chunk takes over the final sentences of the one before, where they fit and no heading stands between.
@@ -183,7 +183,7 @@ def _line(line: str, before: str, following: str) -> tuple[str, int]:
     return "prose", 0 if before == "prose" else BLOCK
 
 
-_SURE = re.compile(r"(?<=[a-zà-ÿα-ωа-я]{4})[.!?]\s+(?=[A-ZÀ-ÞΑ-ΩА-Я])|[。！？।]\s*(?![」』”’）\s])")  # noqa: RUF001
+_SURE = re.compile(r"(?<=[a-zà-ÿα-ωа-я]{4})[.!?]\s+(?=[A-ZÀ-ÞΑ-ΩА-Я])|[。！？।]\s*(?![」』”’）\s])")
 """Ends of sentences beyond doubt."""
 
 
@@ -232,9 +232,9 @@ def _half(_: str, start: int, end: int) -> Iterator[int]:
 
 
 _FRAGMENTS: tuple[tuple[int, _Places], ...] = (
-    (STOP, _ends(r"[.!?…][\"'”’»)\]]{0,4}\s+|[。！？｡।]\s*")),  # noqa: RUF001
+    (STOP, _ends(r"[.!?…][\"'”’»)\]]{0,4}\s+|[。！？｡।]\s*")),
     (LINE, _ends(r"\n\s*")),
-    (CLAUSE, _ends(r"[,;:)\]]\s+|\s(?=[(\[])|[—–]\s*|\s-\s+|[，；：、）]\s*")),  # noqa: RUF001
+    (CLAUSE, _ends(r"[,;:)\]]\s+|\s(?=[(\[])|[—–]\s*|\s-\s+|[，；：、）]\s*")),
     (WORD, _phrases),
     (WORD, _ends(_WORD.pattern)),
 )
@@ -288,11 +288,12 @@ def _cut(units: list[_Unit], limit: int) -> list[list[_Unit]]:
         if place < len(units):
             reach[place] = ends[place] - ends[stronger[-1]]
             stronger.append(place)
-    # coarse steps: a sentence more or less in the neighbourhood must not change the order
+    # coarse steps: a sentence more or less nearby must not change the order
     steps = [min(10 * each // limit, 4) for each in reach]
     cuts = [0, len(units)]
     for place in sorted(range(1, len(units)), key=lambda i: (steps[i], worth[i]), reverse=True):
         at = bisect(cuts, place)
+        # a section has its own chunks, unless it is hardly more than its heading
         section = worth[place][0] >= HEADING and steps[place] >= 3
         if section or ends[cuts[at]] - ends[cuts[at - 1]] > limit:
             cuts.insert(at, place)
@@ -307,7 +308,7 @@ def _starts(groups: list[list[_Unit]], sizes: _Sizes, limit: int, overlap: int) 
         start = group[0].start
         if AFTER_HEADING <= group[0].strength < HEADING:
             room = min(overlap, limit - size)
-            for unit in reversed(before):
+            for unit in reversed(before[1:]):  # repeating all of it would make that chunk superfluous
                 room -= unit.size
                 if room < 0:
                     break

@@ -110,7 +110,10 @@ async def embedded(service: Service, text: str, field: str) -> npt.NDArray[np.fl
     check_text(field, text, 1, MAX_QUERY_BYTES)
     if not text.strip():
         raise BadInput(field, "is white space only; allowed: a text")
-    vectors: npt.NDArray[np.float32] = await service.embedder.embed([text], "query")
+    try:
+        vectors: npt.NDArray[np.float32] = await service.embedder.embed([text], "query")
+    except BadInput as refused:
+        raise BadInput(field, refused.fault) from None
     return vectors.reshape(-1)
 
 

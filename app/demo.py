@@ -16,7 +16,7 @@ SEARCHES = (
     "What is the difference between a list and a tuple?",
     "When is a generator's finally block run?",
 )
-QUESTION = "What does the with statement do when an exception is raised in its body?"
+QUESTION = "How are default parameter values evaluated?"
 
 
 def drafts() -> list[Draft]:
@@ -51,10 +51,10 @@ async def _show(config: Settings) -> None:
             counts = await commands.store(database, embedder, config, TENANT, drafts(), [])
             terminal.say(f"ingested: {commands.summary(counts)}")
             for question in SEARCHES:
-                (vector,) = await embedder.embed([question], "query")
+                vector = await search.question_vector(embedder, question)
                 found = await search.search(database, config, TENANT, vector, top_k=3)
                 terminal.hits(question, found.hits)
-            (vector,) = await embedder.embed([QUESTION], "query")
+            vector = await search.question_vector(embedder, QUESTION)
             found = await search.search(database, config, TENANT, vector, top_k=5)
             answer = await rag.answer(chat_model, embedder, QUESTION, found.hits, settings=config)
             commands.show_answer(QUESTION, answer)

@@ -35,12 +35,15 @@ from sqlalchemy import (
 
 from app import filters
 from app.database import Database, Rendered, Statement, rendered
-from app.errors import TimedOut
+from app.drafts import check_text
+from app.embedding import Embedder
+from app.errors import BadInput, TimedOut
 from app.filters import Filter
 from app.settings import Settings
 from app.tables import INDEXED_AS_VECTOR, HalfVector, Vector, tenant_documents, tenant_sources
 
 MAX_TOP_K = 100
+MAX_QUERY_BYTES = 32_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,23 @@ class Found(NamedTuple):
 
     hits: list[Hit]
     scan: Scan
+
+
+async def question_vector(embedder: Embedder, text: str, field: str = "query") -> npt.NDArray[np.float32]:
+    """The vector of a question, shape (dimensions,).
+
+    Raises BadInput, naming `field`, for a text that is blank or longer than the model reads: the rest of it would be
+    left out without a word.
+    """
+    check_text(field, text, 1, MAX_QUERY_BYTES)
+    if not text.strip():
+        raise BadInput(field, "is white space only; allowed: a text")
+    (tokens,) = embedder.count_tokens([text])
+    if tokens > embedder.max_tokens:
+        raise BadInput(
+            field, f"has {tokens:,} tokens; allowed: {embedder.max_tokens:,}, as much as {embedder.model} reads"
+        )
+    return (await embedder.embed([text], "query")).reshape(-1)
 
 
 async def search(

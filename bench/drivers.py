@@ -225,7 +225,8 @@ async def by_hand(driver: str, corpus: Corpus, clients: int) -> AsyncIterator[Se
         values = corpus.values(tenant, kind, Vector(query).to_text())
         async with engine.connect() as connection, connection.begin():
             await connection.execute(select(*(func.set_config(name, value, True) for name, value in config.items())))
-            return (await connection.execute(statement(kind), values)).mappings().all()
+            rows: Any = (await connection.execute(statement(kind), values)).mappings()
+            return list(rows)
 
     yield [partial(corpus.ids, run)] * clients
     await engine.dispose()

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from app import rag, search
 from app.api import problems
-from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, asked, embedded
+from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, asked
 from app.api.service import Service
 from app.chat import Usage
 from app.drafts import check_text
@@ -83,7 +83,7 @@ async def answer_question(
     narrowed = asked(data)
     if data.system_prompt is not None:
         check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
-    vector = await embedded(service, data.question, "question")
+    vector = await search.question_vector(service.embedder, data.question, "question")
     # All database work ends here: a stream holds no connection.
     found = await search.search(
         service.database,

@@ -3,8 +3,6 @@
 from datetime import datetime
 from typing import Annotated, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from litestar import post
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
@@ -18,8 +16,6 @@ from app.api.service import Service
 from app.drafts import check_range, check_text, check_vector
 from app.errors import BadInput
 from app.search import Conditions, Hit, Scan
-
-MAX_QUERY_BYTES = 32_000
 
 TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
 # Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed.
@@ -93,7 +89,7 @@ def conditions(
     """The filters of a request. Raises BadInput naming the field at fault."""
     types = [doc_type] if isinstance(doc_type, str) else doc_type
     for index, each in enumerate(types or ()):
-        check_text("doc_type" if isinstance(doc_type, str) else f"doc_type[{index}]", each, 0, MAX_QUERY_BYTES)
+        check_text("doc_type" if isinstance(doc_type, str) else f"doc_type[{index}]", each, 0, search.MAX_QUERY_BYTES)
     for name, moment in (("created_after", created_after), ("created_before", created_before)):
         if moment is not None and moment.tzinfo is None:
             raise BadInput(name, "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
@@ -103,18 +99,6 @@ def conditions(
         created_after=created_after,
         created_before=created_before,
     )
-
-
-async def embedded(service: Service, text: str, field: str) -> npt.NDArray[np.float32]:
-    """The vector of a question, shape (dimensions,). Raises BadInput for a text that cannot be one."""
-    check_text(field, text, 1, MAX_QUERY_BYTES)
-    if not text.strip():
-        raise BadInput(field, "is white space only; allowed: a text")
-    try:
-        vectors: npt.NDArray[np.float32] = await service.embedder.embed([text], "query")
-    except BadInput as refused:
-        raise BadInput(field, refused.fault) from None
-    return vectors.reshape(-1)
 
 
 EXAMPLE = SearchRequest(
@@ -158,7 +142,7 @@ async def search_chunks(
     if data.embedding is not None:
         vector = check_vector(data.embedding, service.embedder.dimensions)
     else:
-        vector = await embedded(service, data.query or "", "query")
+        vector = await search.question_vector(service.embedder, data.query or "")
     found = await search.search(
         service.database,
         service.settings,

@@ -6,6 +6,8 @@ PGRECALL_TEST_POSTGRES: `embedded` (default), `container`, or the URL of a super
 import contextlib
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -66,14 +68,16 @@ def passwords(cluster: Cluster) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(testrun_uid: str) -> Iterator[Cluster]:
     """The server all tests and all xdist workers share."""
     kind = os.environ.get("PGRECALL_TEST_POSTGRES", "embedded")
     if kind == "embedded":
-        base = tmp_path_factory.getbasetemp()
-        shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-        with contextlib.closing(embedded.start(shared / "pg", durable=False)) as server:
+        # Not in pytest's folder, of which it keeps only the last three: several runs at once would lose their database.
+        data = Path(tempfile.gettempdir(), f"pgrecall-tests-{testrun_uid}")
+        with contextlib.closing(embedded.start(data, durable=False)) as server:
             yield Cluster(server.url())
+        if not (data / "postgres/postmaster.pid").exists():
+            shutil.rmtree(data, ignore_errors=True)
     elif kind == "container":
         from testcontainers.postgres import PostgresContainer  # noqa: PLC0415  only this mode needs Docker
 

@@ -521,9 +521,9 @@ async def test_a_model_that_fails_ends_the_stream_with_an_error_event(served, re
     assert stream.end["title"] == "The chat model's server failed"
     assert "secret" not in sent.text
     assert streamed(again).text == "one two three four"
-    log = served.errors.read_text()
-    assert len([line for line in log.splitlines() if f"request_id={number} " in line and "answer failed" in line]) == 1
-    assert "upstream secret" not in log
+    (line,) = (line for line in served.errors.read_text().splitlines() if f"request_id={number} " in line)
+    assert "answer failed" in line
+    assert "secret" not in line
 
 
 async def test_a_request_that_is_refused_is_no_stream(served):

@@ -21,7 +21,7 @@ test: .venv/installed-dev ## everything that guards a change
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"
 
 test-long: .venv/installed-dev ## the long counts: fuzzing, kills
-	$(BIN)/python -m pytest -n $(WORKERS) --timeout 3600
+	THOROUGH=20 $(BIN)/python -m pytest -n $(WORKERS) --timeout 3600
 
 lint: .venv/installed-dev ## ruff, mypy, import-linter, alembic check
 	$(BIN)/ruff check

@@ -29,6 +29,9 @@ for _name in [name for name in os.environ if name.startswith(("PGRECALL_", "OPEN
     if _name != "PGRECALL_TEST_POSTGRES":
         del os.environ[_name]
 
+THOROUGH = int(os.environ.get("THOROUGH", "1"))
+"""How many times the usual number of examples property tests try; `make test-long` sets it."""
+
 DIMENSIONS = 64
 """Short vectors keep tests quick; tests about other lengths make a database of their own."""
 

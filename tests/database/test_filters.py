@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql.psycopg import dialect
 
 from app import filters
-from tests.conftest import Cluster, cloned
+from tests.conftest import THOROUGH, Cluster, cloned
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "filters.md"
 METADATA = sa.literal_column("metadata", JSONB)
@@ -213,13 +213,13 @@ def test_the_documented_truth_table_is_the_one_that_was_asked_for():
     assert [name for name in filters.OPERATORS if f'"{name}"' not in text] == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * THOROUGH, deadline=None)
 @given(asked=conditions(), documents=st.lists(METADATAS, min_size=1, max_size=12))
 def test_any_filter_says_of_any_metadata_what_the_language_says(plain_connection, asked, documents):
     assert verdicts(plain_connection, asked, documents) == [expected(asked, document) for document in documents]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 * THOROUGH, deadline=None)
 @given(asked=conditions())
 def test_any_filter_finds_the_same_through_the_index(plain_connection, corpus, asked):
     assert found(plain_connection, asked) == [n for n, document in enumerate(corpus) if expected(asked, document)]

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.chunking import MAX_CHARACTERS, TokenCounter, chunk, key
+from tests.conftest import THOROUGH
 
 
 def words(texts: Sequence[str]) -> list[int]:
@@ -68,7 +69,7 @@ TEXTS = st.one_of(
 COUNTERS = st.sampled_from([words, characters, rounded_up, rounded_down])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400 * THOROUGH, deadline=None)
 @given(TEXTS, COUNTERS, st.integers(2, 60), st.floats(0, 0.5))
 @example("a" * 20_000, words, 16, 0.5)
 @example("a" + " " * 20_000 + "b", words, 16, 0.5)
@@ -106,14 +107,14 @@ def test_chunks_cover_the_text_within_the_limits(text: str, count: TokenCounter,
     assert all(size <= overlap for size in count(repeated))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * THOROUGH, deadline=None)
 @given(TEXTS, COUNTERS, st.integers(2, 60))
 def test_without_overlap_the_chunks_are_the_text_cut_up(text: str, count: TokenCounter, limit: int) -> None:
     chunks = chunk(text, count, max_tokens=limit, overlap_tokens=0)
     assert "".join(each.content for each in chunks) == (text if text.strip() else "")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * THOROUGH, deadline=None)
 @given(TEXTS)
 def test_a_text_within_the_limit_is_cut_at_headings_only(text: str) -> None:
     text = re.sub(r"[#=~^*+\"'-]", "", text)[:MAX_CHARACTERS]

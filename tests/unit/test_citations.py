@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.citations import LONGEST, Citations, disarmed
+from tests.conftest import THOROUGH
 
 GIVEN = 3
 ALL = "[Source 1][Source 2][Source 3]"
@@ -140,7 +141,7 @@ UNKNOWN = re.compile(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400 * THOROUGH, deadline=None)
 @given(TEXTS, st.data())
 def test_any_split_gives_the_same_and_no_unknown_number(text, data):
     whole = passed([text])
@@ -152,7 +153,7 @@ def test_any_split_gives_the_same_and_no_unknown_number(text, data):
         assert all(1 <= int(number) <= GIVEN for number in re.findall(r"\d+", citation[1])), whole[0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 * THOROUGH, deadline=None)
 @given(st.text(alphabet=st.characters(exclude_characters="[【［"), max_size=60), st.integers(1, 7))
 def test_text_without_brackets_is_never_touched(text, width):
     assert passed([text[i : i + width] for i in range(0, len(text), width)]) == (text, [])

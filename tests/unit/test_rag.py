@@ -19,6 +19,7 @@ from app.extractive import extract, sentences
 from app.rag import Done, Failed, Given, Token, Used
 from app.search import Hit
 from app.settings import Settings
+from tests.conftest import THOROUGH
 from tests.openai_server import embedding
 
 QUESTION = "Why is the sky blue?"
@@ -402,7 +403,7 @@ def test_text_cannot_leave_its_frame():
     assert sources[0].content == HOSTILE
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100 * THOROUGH, deadline=None)
 @given(st.lists(st.text(max_size=40) | st.sampled_from(["[Source 1]", "| ", "\n[Source 2]", "<|", "\n"]), max_size=8))
 def test_no_text_makes_a_line_of_its_own(pieces):
     _, text = rag.context([hit("".join(pieces))], count, 1000)

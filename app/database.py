@@ -14,7 +14,7 @@ import psycopg
 from pgvector.psycopg import halfvec, vector
 from psycopg.rows import dict_row
 from psycopg.types import TypeInfo
-from sqlalchemy import ClauseElement, Engine, create_engine, event, func, select
+from sqlalchemy import ClauseElement, Connection, Engine, create_engine, event, func, select
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -153,7 +153,9 @@ async def _driver(pooled: AsyncConnection) -> psycopg.AsyncConnection[Any]:
 async def _pipelined(
     connection: psycopg.AsyncConnection[Any], config: Mapping[str, str], statements: Sequence[Statement]
 ) -> list[list[dict[str, Any]]]:
-    # BEGIN, role, tenant and limits, the statements and COMMIT leave in one packet (psycopg's pipeline mode).
+    # One round trip and one transaction: the connection is in autocommit mode, where PostgreSQL begins a transaction with
+    # the first statement of a pipeline and ends it at the Sync that closes it. With its own BEGIN and in commit() psycopg
+    # would wait for the server twice more (bench/drivers.py).
     try:
         async with connection.pipeline():
             await connection.execute(
@@ -165,7 +167,6 @@ async def _pipelined(
                 cursor = connection.cursor(row_factory=dict_row, binary=True)
                 await cursor.execute(statement.sql, statement.values)
                 cursors.append(cursor)
-            await connection.commit()
         return [await cursor.fetchall() for cursor in cursors]
     except (psycopg.Error, asyncio.CancelledError):
         if not connection.closed:
@@ -175,7 +176,9 @@ async def _pipelined(
 
 def _engine(url: str, settings: Settings) -> AsyncEngine:
     async def open_connection() -> psycopg.AsyncConnection[Any]:
-        connection = await psycopg.AsyncConnection.connect(url, connect_timeout=5, application_name="pgrecall")
+        connection = await psycopg.AsyncConnection.connect(
+            url, autocommit=True, connect_timeout=5, application_name="pgrecall"
+        )
         connection.prepare_threshold = 3 if settings.prepared_statements else None
         return connection
 
@@ -186,6 +189,10 @@ def _engine(url: str, settings: Settings) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=settings.pool_timeout,
     )
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("begin")
 
     @event.listens_for(engine.sync_engine, "checkout")
     def trust(dbapi_connection: Any, record: Any, _proxy: Any) -> None:

@@ -194,9 +194,9 @@ def build(
     elif kind == "nearest":
         top = select(*columns, distance.label("distance")).where(*passes).order_by(distance).limit(top_k)
     else:
-        # "+ 0" keeps the index away: it is approximate.
-        exactly = (distance + literal(0.0), chunk.c.id, chunk.c.chunk_key)
-        top = select(*columns, distance.label("distance")).where(*passes).order_by(*exactly).limit(top_k)
+        # "+ 0" keeps the index away: it is approximate. Shown and sorted by the same expression, it is computed once.
+        measured = (distance + literal(0.0)).label("distance")
+        top = select(*columns, measured).where(*passes).order_by(measured, chunk.c.id, chunk.c.chunk_key).limit(top_k)
     if kind == "few":
         bound = bindparam("bound", type_=Integer)
         counted = select(literal(1).label("one")).select_from(chunk).where(*passes).limit(bound).subquery("counted")

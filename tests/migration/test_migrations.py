@@ -52,6 +52,12 @@ def snapshot(url):
         return {name: sorted(map(str, connection.execute(query).fetchall())) for name, query in queries.items()}
 
 
+def test_vectors_stay_in_the_row(cluster, template):
+    with cloned(cluster, template) as name, psycopg.connect(cluster.url(name)) as admin:
+        column = "select attstorage from pg_attribute where attrelid = 'documents'::regclass and attname = 'embedding'"
+        assert admin.execute(column).fetchone() == ("m",)
+
+
 def test_there_is_one_head_and_it_is_at_least_what_the_release_needs(settings):
     (head,) = ScriptDirectory.from_config(schema.config(settings)).get_heads()
     assert head >= schema.REQUIRED

@@ -13,7 +13,7 @@ async def put(client, document_id="faq/1", **changes):
     return await client.put(f"/documents/{quote(document_id, safe='')}", json=body)
 
 
-def problem(response, status, *, field=None):
+def assert_problem(response, status, *, field=None):
     assert response.status_code == status, response.text
     assert response.headers["content-type"].startswith("application/problem+json")
     body = response.json()
@@ -77,7 +77,7 @@ async def test_ids_of_any_kind_work_on_every_route(client, document_id):
     found = await client.post("/search", json={"tenant_id": "acme", "query": "password"})
     assert [hit["id"] for hit in found.json()["results"]] == [document_id]
     assert (await client.delete(path, params={"tenant_id": "acme"})).status_code == 204
-    problem(await client.get(path, params={"tenant_id": "acme"}), 404)
+    assert_problem(await client.get(path, params={"tenant_id": "acme"}), 404)
 
 
 async def test_slashes_may_stand_as_they_are(client):
@@ -87,7 +87,7 @@ async def test_slashes_may_stand_as_they_are(client):
 
 
 async def test_an_id_that_is_not_utf8_is_refused(client):
-    problem(await client.get("/documents/%ff", params={"tenant_id": "acme"}), 400, field="id")
+    assert_problem(await client.get("/documents/%ff", params={"tenant_id": "acme"}), 400, field="id")
 
 
 async def test_get_returns_the_whole_text_and_the_places_of_its_chunks(client):
@@ -108,7 +108,7 @@ async def test_a_batch_is_all_or_nothing_and_names_the_item(client):
     response = await client.post(
         "/documents", json={"tenant_id": "acme", "documents": [good, {"id": "bad", "content": " "}]}
     )
-    problem(response, 400, field="documents[1].content")
+    assert_problem(response, 400, field="documents[1].content")
     assert (await client.get("/documents", params={"tenant_id": "acme"})).json() == {"documents": [], "next": None}
     response = await client.post("/documents", json={"tenant_id": "acme", "documents": [good]})
     assert response.status_code == 200
@@ -117,11 +117,11 @@ async def test_a_batch_is_all_or_nothing_and_names_the_item(client):
 
 async def test_a_batch_has_at_most_1000_items(client):
     items = [{"id": f"d{n}", "content": "x"} for n in range(1_001)]
-    body = problem(
+    body = assert_problem(
         await client.post("/documents", json={"tenant_id": "acme", "documents": items}), 400, field="documents"
     )
     assert "1 to 1,000" in body["detail"]
-    problem(await client.post("/documents", json={"tenant_id": "acme", "documents": []}), 400, field="documents")
+    assert_problem(await client.post("/documents", json={"tenant_id": "acme", "documents": []}), 400, field="documents")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ async def test_a_batch_has_at_most_1000_items(client):
     ],
 )
 async def test_bad_input_is_a_problem_that_names_the_field_and_nothing_is_written(client, owner, change, status, field):
-    problem(await put(client, **change), status, field=field)
+    assert_problem(await put(client, **change), status, field=field)
     assert owner.execute("select count(*) from sources").fetchone() == (0,)
 
 
@@ -169,17 +169,19 @@ async def test_bad_input_is_a_problem_that_names_the_field_and_nothing_is_writte
 )
 async def test_bodies_that_are_no_document_are_refused(client, owner, body):
     response = await client.put("/documents/a", content=body, headers={"content-type": "application/json"})
-    problem(response, 400)
+    assert_problem(response, 400)
     assert owner.execute("select count(*) from sources").fetchone() == (0,)
 
 
 async def test_a_text_over_10_mb_and_a_body_over_the_limit_are_413(client):
-    assert "10,000,000" in problem(await put(client, content="word " * 2_000_001), 413, field="content")["detail"]
-    problem(await put(client, content="x" * 16_000_001), 413)
+    assert (
+        "10,000,000" in assert_problem(await put(client, content="word " * 2_000_001), 413, field="content")["detail"]
+    )
+    assert_problem(await put(client, content="x" * 16_000_001), 413)
 
 
 async def test_too_many_tokens_for_one_request_are_413(client, app):
-    body = problem(await put(client, content="alpha beta gamma. " * 90_000), 413)
+    body = assert_problem(await put(client, content="alpha beta gamma. " * 90_000), 413)
     assert "PGRECALL_REQUEST_TOKENS" in body["detail"]
 
 
@@ -188,10 +190,10 @@ async def test_if_match_guards_put_and_delete(client):
     path = "/documents/faq%2F1"
     body = {"tenant_id": "acme", "content": "two"}
     assert (await client.put(path, json=body, headers={"If-Match": '"1"'})).headers["etag"] == '"2"'
-    problem(await client.put(path, json=body | {"content": "three"}, headers={"If-Match": '"1"'}), 412)
-    problem(await client.put("/documents/new", json=body, headers={"If-Match": '"1"'}), 412)
-    problem(await client.put(path, json=body, headers={"If-Match": "banana"}), 400, field="If-Match")
-    problem(await client.delete(path, params={"tenant_id": "acme"}, headers={"If-Match": '"1"'}), 412)
+    assert_problem(await client.put(path, json=body | {"content": "three"}, headers={"If-Match": '"1"'}), 412)
+    assert_problem(await client.put("/documents/new", json=body, headers={"If-Match": '"1"'}), 412)
+    assert_problem(await client.put(path, json=body, headers={"If-Match": "banana"}), 400, field="If-Match")
+    assert_problem(await client.delete(path, params={"tenant_id": "acme"}, headers={"If-Match": '"1"'}), 412)
     assert (await client.delete(path, params={"tenant_id": "acme"}, headers={"If-Match": '"2"'})).status_code == 204
 
 
@@ -227,27 +229,27 @@ async def test_pages_are_keyset_and_filters_apply(client):
     ],
 )
 async def test_bad_parameters_are_named(client, params, field):
-    problem(await client.get("/documents", params={"tenant_id": "acme"} | params), 400, field=field)
+    assert_problem(await client.get("/documents", params={"tenant_id": "acme"} | params), 400, field=field)
 
 
 async def test_the_tenant_is_required_everywhere(client):
-    problem(await client.get("/documents"), 400, field="tenant_id")
-    problem(await client.get("/documents/a"), 400, field="tenant_id")
-    problem(await client.delete("/documents/a"), 400, field="tenant_id")
-    problem(await client.post("/search", json={"query": "x"}), 400)
+    assert_problem(await client.get("/documents"), 400, field="tenant_id")
+    assert_problem(await client.get("/documents/a"), 400, field="tenant_id")
+    assert_problem(await client.delete("/documents/a"), 400, field="tenant_id")
+    assert_problem(await client.post("/search", json={"query": "x"}), 400)
 
 
 async def test_delete_by_filter_needs_one_and_counts(client):
     items = [{"id": f"d{n}", "content": f"text {n}", "metadata": {"n": n}} for n in range(5)]
     await client.post("/documents", json={"tenant_id": "acme", "documents": items})
-    problem(await client.delete("/documents", params={"tenant_id": "acme"}), 400)
+    assert_problem(await client.delete("/documents", params={"tenant_id": "acme"}), 400)
     response = await client.delete("/documents", params={"tenant_id": "acme", "metadata": '{"n": {"$in": [1, 2]}}'})
     assert response.json() == {"deleted": 2}
 
 
 async def test_a_failing_embedder_is_a_502_without_its_words(client, openai, owner):
     openai.fail("status", status=400, times=20)
-    problem(await put(client), 502)
+    assert_problem(await put(client), 502)
     assert owner.execute("select count(*) from sources").fetchone() == (0,)
 
 
@@ -255,8 +257,8 @@ async def test_one_tenant_never_sees_the_others_document(client):
     await put(client)
     not_theirs = await client.get("/documents/faq%2F1", params={"tenant_id": "umbra"})
     not_there = await client.get("/documents/faq%2F1", params={"tenant_id": "nobody"})
-    assert problem(not_theirs, 404)["detail"].replace("umbra", "x") == problem(not_there, 404)["detail"].replace(
-        "nobody", "x"
-    )
-    problem(await client.delete("/documents/faq%2F1", params={"tenant_id": "umbra"}), 404)
+    assert assert_problem(not_theirs, 404)["detail"].replace("umbra", "x") == assert_problem(not_there, 404)[
+        "detail"
+    ].replace("nobody", "x")
+    assert_problem(await client.delete("/documents/faq%2F1", params={"tenant_id": "umbra"}), 404)
     assert (await client.post("/search", json={"tenant_id": "umbra", "query": "password"})).json()["results"] == []

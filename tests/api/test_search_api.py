@@ -3,7 +3,7 @@
 import psycopg
 import pytest
 
-from tests.api.test_documents_api import problem
+from tests.api.test_documents_api import assert_problem
 
 
 @pytest.fixture
@@ -114,14 +114,14 @@ async def test_a_vector_of_ones_own_may_be_searched_with(client, corpus, openai)
 )
 async def test_bad_requests_name_the_field(client, change, field):
     body = {"tenant_id": "acme", "query": "x"} | change
-    problem(await client.post("/search", json=body), 400, field=field)
+    assert_problem(await client.post("/search", json=body), 400, field=field)
 
 
 async def test_an_unknown_operator_lists_the_known_ones(client):
     response = await client.post(
         "/search", json={"tenant_id": "acme", "query": "x", "metadata": {"a": {"$regex": "x"}}}
     )
-    assert "$exists" in problem(response, 400)["detail"]
+    assert "$exists" in assert_problem(response, 400)["detail"]
 
 
 async def test_an_exhausted_pool_is_a_503_with_retry_after(client, app, settings):
@@ -130,7 +130,7 @@ async def test_an_exhausted_pool_is_a_503_with_retry_after(client, app, settings
     database._engine.sync_engine.pool._timeout = 0.2
     try:
         response = await client.post("/search", json={"tenant_id": "acme", "embedding": [1.0] * 64})
-        problem(response, 503)
+        assert_problem(response, 503)
         assert int(response.headers["retry-after"]) >= 1
     finally:
         for connection in held:

@@ -11,7 +11,7 @@ from app import roles, search
 from app.asgi import create_app
 from app.errors import ModelMismatch, SetupError, Unsafe
 from app.settings import Settings
-from tests.api.test_documents_api import problem
+from tests.api.test_documents_api import assert_problem
 
 
 async def test_ready_names_revision_and_model_and_asks_no_model(client, openai):
@@ -35,8 +35,8 @@ async def test_on_an_old_schema_the_service_lives_but_is_not_ready_until_it_is_m
         httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client,
     ):
         assert (await client.get("/health/live")).status_code == 200
-        assert "pgrecall migrate" in problem(await client.get("/health/ready"), 503)["detail"]
-        problem(await client.post("/search", json={"tenant_id": "acme", "query": "x"}), 503)
+        assert "pgrecall migrate" in assert_problem(await client.get("/health/ready"), 503)["detail"]
+        assert_problem(await client.post("/search", json={"tenant_id": "acme", "query": "x"}), 503)
         owner.execute("update alembic_version set version_num = '0001'")
         assert (await client.get("/health/ready")).status_code == 200
         assert (await client.post("/search", json={"tenant_id": "acme", "query": "x"})).status_code == 200
@@ -57,7 +57,7 @@ async def test_without_a_database_the_service_starts_and_says_so(settings):
     ):
         assert (await client.get("/health/live")).status_code == 200
         response = await client.get("/health/ready")
-        problem(response, 503)
+        assert_problem(response, 503)
         assert "127.0.0.1" not in response.text
 
 
@@ -105,8 +105,8 @@ def test_without_database_url_the_factory_says_what_to_do():
 
 
 async def test_unknown_routes_and_methods_are_problems(client):
-    problem(await client.get("/nowhere"), 404)
-    problem(await client.patch("/search"), 405)
+    assert_problem(await client.get("/nowhere"), 404)
+    assert_problem(await client.patch("/search"), 405)
 
 
 async def test_an_unexpected_error_is_a_problem_without_its_words(client, monkeypatch):
@@ -115,7 +115,7 @@ async def test_an_unexpected_error_is_a_problem_without_its_words(client, monkey
 
     monkeypatch.setattr(search, "search", broken)
     response = await client.post("/search", json={"tenant_id": "acme", "query": "x"})
-    problem(response, 500)
+    assert_problem(response, 500)
     assert "secret" not in response.text
 
 
@@ -123,7 +123,7 @@ async def test_a_database_fault_is_a_problem_without_the_drivers_words(client, o
     owner.execute("alter table documents drop column terms cascade")
     owner.execute("alter table sources rename column content to hidden_column")
     response = await client.put("/documents/a", json={"tenant_id": "acme", "content": "text"})
-    problem(response, 500)
+    assert_problem(response, 500)
     assert "hidden_column" not in response.text
 
 

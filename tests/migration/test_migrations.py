@@ -99,7 +99,7 @@ def test_rows_survive_what_the_next_migration_does(settings):
 def test_check_is_clean_after_upgrade(settings, dimensions):
     config = schema.config(replace(settings, embedding_dimensions=dimensions))
     command.upgrade(config, "head")
-    command.check(config)
+    assert command.check(config) is None  # raises otherwise
 
 
 def test_the_index_is_half_precision_above_2000_dimensions(settings):

@@ -1,4 +1,6 @@
 import asyncio
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -31,6 +33,17 @@ def model(loaded: LocalEmbedder) -> LocalEmbedder:
     # A lock once waited for belongs to its event loop, and every test has a loop of its own.
     loaded._turn = asyncio.Lock()
     return loaded
+
+
+def test_nothing_is_told_to_anybody(tmp_path):
+    # onnxruntime's telemetry keeps what it has to send, and who sends it, below the home folder.
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = "from app.embedding import LocalEmbedder; LocalEmbedder()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.rglob("*")) == []
 
 
 async def test_the_settings_choose_the_embedder():

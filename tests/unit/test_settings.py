@@ -1,5 +1,6 @@
 """Settings: read once, typed, and every fault named."""
 
+import contextlib
 import re
 
 import msgspec
@@ -44,14 +45,11 @@ def test_a_wrong_value_names_the_setting_the_fault_and_what_is_allowed(environme
 @pytest.mark.parametrize("field", [field.name for field in msgspec.structs.fields(Settings)])
 def test_every_setting_can_be_set(field):
     base = {"OPENAI_API_KEY": "k"}
+    seen = set()
     for text in ("postgresql://u@h/d", "http://h/v1", "openai", "debug", "x", "7", "120", "2000", "0.25", "false"):
-        try:
-            changed = settings.read(base | {settings.variable(field): text})
-        except WrongSetting:
-            continue
-        if getattr(changed, field) != getattr(settings.read(base), field):
-            return
-    pytest.fail(f"nothing tried here is allowed for {settings.variable(field)}")
+        with contextlib.suppress(WrongSetting):
+            seen.add(getattr(settings.read(base | {settings.variable(field): text}), field))
+    assert seen - {getattr(settings.read(base), field)}
 
 
 def test_an_empty_value_counts_as_absent():

@@ -1,0 +1,206 @@
+"""`pgrecall evaluate` with the local model: a BEIR folder, a JSONL file, figures and floors."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from app.__main__ import main
+from app.local import SERVICE
+from app.settings import Settings
+from tests.conftest import cloned, migrated
+
+CORPUS = [
+    {"_id": "otters", "title": "Otters", "text": "Otters eat fish and sleep in rafts on the water."},
+    {"_id": "engine", "title": "", "text": "The engine is started by turning the key to the right."},
+    {"_id": "bread", "title": "Baking bread", "text": "Knead the dough, let it rise for an hour, then bake it."},
+    {"_id": "moon", "title": "The Moon", "text": "The Moon goes round the Earth once in 27 days."},
+]
+QUERIES = [
+    {"_id": "q1", "text": "What do otters eat?"},
+    {"_id": "q2", "text": "How do I start the car?"},
+    {"_id": "q3", "text": "How long does dough rise?"},
+    {"_id": "q4", "text": "nobody judged this"},
+]
+BLOCK = re.compile(r"(?:`([\w.]+)`[^\n]*\n\n)?```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"(\d+\.\d+)")
+QRELS = [("q1", "otters", 2), ("q1", "bread", 0), ("q2", "engine", 1), ("q3", "moon", 1)]
+
+
+@pytest.fixture
+def url(cluster):
+    with cloned(cluster, migrated(cluster, "template_local", Settings(embedder="local"))) as name:
+        yield cluster.url(name, SERVICE)
+
+
+@pytest.fixture
+def run(url, monkeypatch, capsys):
+    """Run a command; its exit status, standard output and standard error."""
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    def _run(*arguments):
+        status = main(list(map(str, arguments)))
+        return status, *capsys.readouterr()
+
+    return _run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "small"
+    made.mkdir()
+    write(made, CORPUS, "corpus.jsonl")
+    write(made, QUERIES, "queries.jsonl")
+    (made / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t{g}\n" for q, d, g in QRELS))
+    return made
+
+
+def write(path, rows, name):
+    (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path / name
+
+
+def test_a_folder_is_ingested_once_and_measured(run, folder):
+    status, out, err = run("evaluate", folder, "-k", "1", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert "tenant eval-small: 4 created, 0 updated, 0 unchanged; chunks: 4 embedded" in err
+    similarity = report["metrics"].pop("mean_similarity")
+    assert 0.1 < similarity < 0.9
+    # q1 and q2 are answered first, q3 is judged to want the moon
+    assert report.pop("metrics") == pytest.approx({"recall@1": 2 / 3, "mrr": 2 / 3, "ndcg@1": 2 / 3})
+    latency = report.pop("latency_ms")
+    assert set(latency) == {"p50", "p95"}
+    assert 0 < latency["p50"] <= latency["p95"]
+    assert report == {"queries": 3, "missing_documents": 0}
+
+    status, out, err = run("evaluate", folder)
+    assert "tenant eval-small: 0 created, 0 updated, 4 unchanged" in err
+    assert "small: 3 queries" in out
+    for shown in ("recall@10", "mrr", "ndcg@10", "mean_similarity", "latency p50", "latency p95"):
+        assert shown in out
+    assert "What do otters eat?" not in out
+
+
+def test_each_query_on_demand(run, folder):
+    report = json.loads(run("evaluate", folder, "--per-query", "--json", "-k", "2")[1])
+    assert [row["id"] for row in report["per_query"]] == ["q1", "q2", "q3"]
+    first = report["per_query"][0]
+    assert (first["query"], first["tenant_id"], first["expected"]) == ("What do otters eat?", "eval-small", ["otters"])
+    assert (first["found"][0], len(first["found"]), first["recall@2"], first["mrr"]) == ("otters", 2, 1, 1)
+    out = run("evaluate", folder, "--per-query", "-k", "2")[1]
+    assert out.index("q3") < out.index("q1")
+
+
+def test_a_figure_under_its_floor_fails(run, folder):
+    command = ("evaluate", folder, "--fail-under", "recall@10=0.5", "--fail-under", "mrr=0.9")
+    status, out, err = run(*command)
+    assert status == 1
+    assert "recall@10" in out
+    lines = [line for line in err.splitlines() if "under" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("mrr is 0.")
+    assert lines[0].endswith(", under 0.9")
+    assert run("evaluate", folder, "--fail-under", "recall@10=1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("floor", "fault"),
+    [("recall@5=0.8", "recall@10, mrr, ndcg@10, mean_similarity"), ("speed=0.5", "there is no 'speed'")],
+)
+def test_a_floor_for_a_figure_that_is_not_there_is_refused(run, folder, floor, fault):
+    status, _, err = run("evaluate", folder, "--fail-under", floor)
+    assert status == 2
+    assert fault in err
+
+
+@pytest.mark.parametrize("floor", ["recall@10", "recall@10=", "mrr=nan", "mrr=80"])
+def test_a_floor_that_is_no_number_is_refused(run, folder, floor, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("evaluate", folder, "--fail-under", floor)
+    assert ended.value.code == 2
+    assert "METRIC=VALUE with a value from -1 to 1" in capsys.readouterr().err
+
+
+def test_a_file_is_measured_where_its_documents_are(run, folder, tmp_path):
+    run("evaluate", folder, "--tenant", "acme")
+    path = write(
+        tmp_path,
+        [
+            {"query": "What do otters eat?", "expected_doc_ids": ["otters"], "tenant_id": "acme"},
+            {"query": "How do I start the car?", "expected_doc_ids": ["engine", "gone"]},
+        ],
+        "judged.jsonl",
+    )
+    status, out, err = run("evaluate", path, "--tenant", "acme", "--json")
+    report = json.loads(out)
+    assert (status, report["queries"], report["missing_documents"]) == (0, 2, 1)
+    assert report["metrics"]["recall@10"] == pytest.approx(0.75)
+    assert f"expected documents that tenant acme does not have: 1, such as 'gone' ({path}:2)" in err
+
+
+def test_documents_that_cannot_be_stored_or_do_not_belong_are_named(run, folder):
+    run("evaluate", folder)
+    write(folder, [*CORPUS[:3], {"_id": "empty", "text": " "}, CORPUS[3] | {"_id": "luna"}], "corpus.jsonl")
+    (folder / "qrels.tsv").write_text("q1\totters\t1\nq3\tempty\t1\n")
+    status, out, err = run("evaluate", folder, "--json")
+    assert (status, json.loads(out)["missing_documents"]) == (0, 1)
+    assert "skipped document empty: content: is empty" in err
+    assert "documents of tenant eval-small that are not in the folder: 1;" in err
+    assert "expected documents that tenant eval-small does not have: 1, such as 'empty'" in err
+
+
+def test_input_at_fault_is_named_before_anything_is_stored(run, folder):
+    with (folder / "qrels.tsv").open("a") as qrels:
+        qrels.write("q1\tunknown\t1\n")
+    status, _, err = run("evaluate", folder)
+    assert status == 2
+    assert f"{folder / 'qrels.tsv'}:6: 'unknown' is not in corpus.jsonl" in err
+    assert json.loads(run("search", "otters", "--tenant", "eval-small", "--json")[1])["count"] == 0
+
+
+def test_a_query_the_search_refuses_is_named(run, folder):
+    write(folder, [*QUERIES[:2], {"_id": "q3", "text": "long " * 300}], "queries.jsonl")
+    status, _, err = run("evaluate", folder)
+    assert status == 2
+    assert "queries.jsonl:3: has 300 tokens; allowed: 254" in err
+
+
+def comparable(text):
+    """Words and figures apart, without borders, latencies and the last state of progress bars."""
+    text = "".join(line for line in text.splitlines(keepends=True) if "100%" not in line)
+    text = re.sub(r'[\d.]+ ms|"latency_ms":\{.*?\}', "", text)
+    text = re.sub(r"[\s\u2500-\u257f]+", " ", text)
+    return NUMBER.sub("", text).split(), list(map(float, NUMBER.findall(text)))
+
+
+def test_every_command_of_the_page_gives_what_it_shows(url, folder, root, tmp_path):
+    (tmp_path / "beir").mkdir()
+    for name in ("scifact", "cranfield"):
+        (tmp_path / "beir" / name).symlink_to(folder)
+    environment = os.environ | {"DATABASE_URL": url, "COLUMNS": "100", "PYTHONPATH": str(root)}
+    ran = 0
+    for name, language, text in BLOCK.findall((root / "docs/evaluation.md").read_text()):
+        if language == "json":
+            (tmp_path / name).write_text(text)
+            continue
+        command, _, shown = text.removeprefix("$ pgrecall ").partition("\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "app", *shlex.split(command)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == ("under" in done.stdout), done.stdout
+        if "beir" not in command:
+            (words, figures), (given_words, given_figures) = comparable(shown), comparable(done.stdout)
+            assert words == given_words
+            assert figures == pytest.approx(given_figures, abs=0.02)
+        ran += 1
+    assert ran >= 5

@@ -21,7 +21,7 @@ from msgspec.structs import asdict, replace
 
 from app import local, rag
 from app.settings import variable
-from tests.api.test_documents_api import problem
+from tests.api.test_documents_api import assert_problem
 from tests.conftest import Cluster, cloned, settings_for
 from tests.openai_server import CHAT, EMBEDDINGS, Call, OpenAIServer
 
@@ -227,12 +227,12 @@ async def test_bad_requests_name_the_field_and_never_become_a_stream(client, ope
     for change, field in BAD:
         for stream in (False, True):
             refused = await post(client, stream=stream, **change)
-            name = problem(refused, refused.status_code, field=field)["detail"]
+            name = assert_problem(refused, refused.status_code, field=field)["detail"]
             assert refused.status_code in (400, 413), change
             assert (field or "limit") in name, change
-    problem(await post(client, stream="yes"), 400, field="stream")
+    assert_problem(await post(client, stream="yes"), 400, field="stream")
     for body in (b"", b"{", b"[]", b'{"question": "\xff", "stream": true}', b'{"tenant_id": "acme", "stream": true}'):
-        problem(await client.post("/rag", content=body, headers={"Content-Type": "application/json"}), 400)
+        assert_problem(await client.post("/rag", content=body, headers={"Content-Type": "application/json"}), 400)
     assert openai.calls == []
 
 
@@ -245,7 +245,7 @@ async def test_a_chat_model_that_fails_is_a_502_with_none_of_its_words(client, c
     ):
         openai.fail(**fault, headers={"Retry-After": "0.01"}, path=CHAT)
         response = await post(client)
-        body = problem(response, 502)
+        body = assert_problem(response, 502)
         assert body["type"] == "urn:pgrecall:problem:chat-failed"
         assert hint in body["detail"]
         assert "secret" not in response.text
@@ -257,7 +257,7 @@ async def test_a_chat_model_that_fails_is_a_502_with_none_of_its_words(client, c
 async def test_a_chat_model_that_says_nothing_is_not_waited_for(client, corpus, openai, stream):
     openai.fail("hang", seconds=PATIENCE, path=CHAT)
     response = await post(client, stream=stream)
-    detail = streamed(response).end["detail"] if stream else problem(response, 502)["detail"]
+    detail = streamed(response).end["detail"] if stream else assert_problem(response, 502)["detail"]
     assert "0.4 s: see PGRECALL_CHAT_TIMEOUT" in detail
     (call,) = openai.chat_calls
     await ended(call)
@@ -268,7 +268,7 @@ async def test_a_chat_model_that_says_nothing_is_not_waited_for(client, corpus, 
 async def test_a_question_that_cannot_be_embedded_is_a_502_before_any_stream(client, corpus, openai, stream):
     openai.fail(status=500, path=EMBEDDINGS)
     response = await post(client, stream=stream)
-    assert problem(response, 502)["type"] == "urn:pgrecall:problem:embedding-failed"
+    assert assert_problem(response, 502)["type"] == "urn:pgrecall:problem:embedding-failed"
     assert "secret" not in response.text
     assert openai.chat_calls == []
 
@@ -278,7 +278,7 @@ async def test_a_question_that_cannot_be_embedded_is_a_502_before_any_stream(cli
 async def test_an_exhausted_pool_is_a_503_before_any_stream(client, app, openai, stream):
     async with app.state.service.database.write("acme"):
         response = await post(client, stream=stream)
-    problem(response, 503)
+    assert_problem(response, 503)
     assert int(response.headers["retry-after"]) >= 1
     assert openai.chat_calls == []
 
@@ -528,9 +528,9 @@ async def test_a_model_that_fails_ends_the_stream_with_an_error_event(served, re
 
 async def test_a_request_that_is_refused_is_no_stream(served):
     async with served.client() as client:
-        problem(await post(client, stream=True, top_k=0), 400, field="top_k")
+        assert_problem(await post(client, stream=True, top_k=0), 400, field="top_k")
         served.openai.fail(status=401, path=EMBEDDINGS)
-        assert "secret" not in problem(await post(client, stream=True), 502)["detail"]
+        assert "secret" not in assert_problem(await post(client, stream=True), 502)["detail"]
         streamed(await post(client, stream=True))
 
 

@@ -16,7 +16,6 @@ from psycopg.rows import dict_row
 
 from app import (
     chat,
-    documents,
     embedding,
     files,
     filters,
@@ -30,6 +29,7 @@ from app import (
     settings,
     tenants,
     terminal,
+    upsert,
 )
 from app.database import Database, connect
 from app.drafts import Draft, check
@@ -189,7 +189,7 @@ async def store(
                     fitting.append(draft)
                 except BadInput as fault:
                     refused.append(Unreadable(draft.id, str(fault)))
-            for outcome in await documents.put(database, embedder, config, tenant_id, fitting) if fitting else ():
+            for outcome in await upsert.put(database, embedder, config, tenant_id, fitting) if fitting else ():
                 counts[outcome.status] += 1
                 for name in ("embedded", "reused", "removed"):
                     counts[name] += getattr(outcome, name)

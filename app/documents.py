@@ -1,410 +1,25 @@
-"""The repository's writing half: documents are put, read, listed and deleted whole, within one tenant.
+"""Stored documents: read, listed and deleted whole, within one tenant. `upsert` puts them there."""
 
-A put cuts the text into chunks and writes only what changed: a chunk whose text stayed keeps its row and its vector, a
-chunk that is gone loses its row. Vectors are computed before a connection is taken; then, in one transaction, the
-`sources` row is locked (two writers of a document queue there) and the difference is taken against what is stored *now*.
-"""
+from datetime import datetime
+from typing import Any, NamedTuple
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from sqlalchemy import Delete, Integer, Select, Text, bindparam, delete, select
 
-import numpy as np
-import numpy.typing as npt
-from sqlalchemy import ARRAY, Delete, Integer, Select, Text, bindparam, delete, func, insert, select, tuple_, update
-from sqlalchemy.dialects.postgresql import insert as upsert_into
-from sqlalchemy.ext.asyncio import AsyncConnection
-
-from app import cache, chunking
-from app.chunking import Chunk
 from app.database import Database, rendered
-from app.drafts import Draft, check
-from app.embedding import Embedder
-from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, Unavailable, VersionConflict
+from app.errors import BadInput, NotFound, VersionConflict
 from app.search import Conditions, where, where_values
-from app.settings import Settings
-from app.tables import documents, sources, tenant_documents, tenant_sources
+from app.tables import sources, tenant_sources
 
-MAX_BATCH = 1_000
-TRIES = 5
-
-
-class Outcome(NamedTuple):
-    """What a put did. `embedded` chunks are new rows, `reused` kept theirs, `removed` are gone."""
-
-    id: str
-    status: Literal["created", "updated", "unchanged"]
-    version: int
-    embedded: int = 0
-    reused: int = 0
-    removed: int = 0
-
-
-class _Overtaken(Exception):
-    """Another writer changed what this write was going to build on."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A draft, checked and cut."""
-
-    draft: Draft
-    sha256: bytes
-    chunks: list[Chunk]
-    chunker: str
-    model: str
-    own: npt.NDArray[np.float32] | None
-
-    @property
-    def origin(self) -> str:
-        return "pgrecall" if self.own is None else "caller"
-
-    def row(self) -> dict[str, Any]:
-        return {
-            "title": self.draft.title,
-            "content": self.draft.content,
-            "content_sha256": self.sha256,
-            "doc_type": self.draft.doc_type,
-            "metadata": self.draft.metadata,
-            "chunk_keys": [chunk.key for chunk in self.chunks],
-            "start_offsets": [chunk.start for chunk in self.chunks],
-            "state": "ready",
-            "chunker": self.chunker,
-            "embedding_origin": self.origin,
-            "embedding_model": self.model,
-        }
-
-
-async def put(
-    database: Database,
-    embedder: Embedder,
-    settings: Settings,
-    tenant_id: str,
-    drafts: Sequence[Draft],
-    *,
-    if_version: int | None = None,
-    token_limit: int | None = None,
-) -> list[Outcome]:
-    """Store these documents, all or none, and say for each what changed. Their order is kept.
-
-    `if_version` (one draft): VersionConflict unless that version is stored. `token_limit`: TooLarge when the texts to
-    embed have more tokens in all. BadInput and EmbeddingFailed name the item: `documents[3].content`.
-    """
-    plans = await asyncio.to_thread(_plan, embedder, settings, drafts, token_limit)
-    for _ in range(TRIES):
-        stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans])
-        vectors = await _vectors(database, embedder, settings, tenant_id, plans, stored)
-        try:
-            async with database.write(tenant_id) as connection:
-                return await _write(connection, tenant_id, plans, vectors, stored, if_version)
-        except _Overtaken:
-            continue
-    raise Unavailable("other writers kept changing these documents; try again")
-
-
-def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token_limit: int | None) -> list[_Plan]:
-    if not 1 <= len(drafts) <= MAX_BATCH:
-        raise BadInput("documents", f"{len(drafts)} items; allowed: 1 to {MAX_BATCH:,}")
-    own = []
-    seen: dict[str, int] = {}
-    for index, draft in enumerate(drafts):
-        try:
-            own.append(check(draft, embedder.dimensions))
-        except BadInput as fault:
-            raise (fault.under(f"documents[{index}]") if len(drafts) > 1 else fault) from None
-        if draft.id in seen:
-            raise BadInput(f"documents[{index}].id", f"{draft.id!r} is also the id of documents[{seen[draft.id]}]")
-        seen[draft.id] = index
-    if token_limit is not None:
-        _check_tokens(embedder, [draft.content for draft in drafts if draft.embedding is None], token_limit)
-    max_tokens = min(settings.chunk_max_tokens, embedder.max_tokens)
-    cut = {"max_tokens": max_tokens, "overlap_tokens": settings.chunk_overlap_tokens}
-    chunker = f"{chunking.VERSION}/{max_tokens}/{settings.chunk_overlap_tokens}"
-    plans = []
-    for draft, vector in zip(drafts, own, strict=True):
-        if vector is None:
-            chunks = chunking.chunk(draft.content, embedder.count_tokens, **cut)
-        else:
-            chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
-        used = chunker if vector is None else "whole"
-        plans.append(_Plan(draft, cache.digest(draft.content), chunks, used, embedder.model, vector))
-    return plans
-
-
-def _check_tokens(embedder: Embedder, texts: list[str], limit: int) -> None:
-    # No tokenizer makes more tokens than bytes, so a small request is let through without counting.
-    if sum(len(text.encode()) for text in texts) <= limit:
-        return
-    tokens = sum(embedder.count_tokens(texts))
-    if tokens > limit:
-        raise TooLarge(
-            "",
-            f"the texts have {tokens:,} tokens; allowed in one request: {limit:,} (PGRECALL_REQUEST_TOKENS). Send fewer",
-        )
-
-
-class _Stored(NamedTuple):
-    """What of a `sources` row decides about a write."""
-
-    id: str
-    version: int
-    title: str | None
-    content_sha256: bytes | None
-    doc_type: str | None
-    metadata: dict[str, Any]
-    created_at: datetime
-    chunk_keys: list[str]
-    start_offsets: list[int]
-    state: str
-    chunker: str | None
-    embedding_origin: str
-    embedding_model: str | None
-
-    def reusable(self, plan: _Plan) -> set[str]:
-        """Chunks whose rows can stay: same text, same model, embedded here."""
-        same_space = self.embedding_origin == plan.origin == "pgrecall" and self.embedding_model == plan.model
-        return set(self.chunk_keys) if same_space and self.state == "ready" else set()
-
-    def matches(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None) -> bool:
-        """Whether writing the plan would change nothing. `embedding`: the stored vector of a document that brought one."""
-        return (
-            self.state == "ready"
-            and self.content_sha256 == plan.sha256
-            and (self.title, self.doc_type) == (plan.draft.title, plan.draft.doc_type)
-            and _same(self.metadata, plan.draft.metadata)
-            and plan.draft.created_at in (None, self.created_at)
-            and (self.chunker, self.embedding_origin, self.embedding_model) == (plan.chunker, plan.origin, plan.model)
-            and (plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding)))
-        )
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Equality as JSON has it: true is not 1, but 1 is 1.0."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
-    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
-
-
-_ids = bindparam("ids", type_=ARRAY(Text))
 _tenant = bindparam("tenant_id", type_=Text)
-_of_tenant = bindparam("of_tenant", type_=Text)  # an UPDATE's parameters may not be called as its columns are
-STORED = select(*(tenant_sources.c[name] for name in _Stored._fields)).where(
-    tenant_sources.c.tenant_id == _tenant, tenant_sources.c.id == func.any(_ids)
+_document = bindparam("document_id", type_=Text)
+
+LOCKED_VERSION = (
+    select(sources.c.version).where(sources.c.tenant_id == _tenant, sources.c.id == _document).with_for_update()
 )
-"""What is stored under these ids, without their texts."""
-
-LOCKED = (
-    select(*(sources.c[name] for name in _Stored._fields))
-    .where(sources.c.tenant_id == _tenant, sources.c.id == func.any(_ids))
-    .order_by(sources.c.id)
-    .with_for_update()
-)
-"""The same, locked in the order of the ids so that two batches never wait for each other in a circle."""
-
-OWN_VECTORS = select(tenant_documents.c.id, tenant_documents.c.embedding).where(
-    tenant_documents.c.tenant_id == _tenant, tenant_documents.c.id == func.any(_ids)
-)
-"""The vectors of documents that brought their own (one chunk each)."""
-
-REMOVE_CHUNKS = delete(documents).where(
-    documents.c.tenant_id == _tenant,
-    documents.c.id == bindparam("document_id", type_=Text),
-    documents.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
-)
-"""Chunks of one document that are no longer in its text."""
-
-RELABEL_CHUNKS = (
-    update(documents)
-    .where(
-        documents.c.tenant_id == _of_tenant,
-        documents.c.id == bindparam("document_id", type_=Text),
-        tuple_(documents.c.doc_type, documents.c.metadata, documents.c.created_at).is_distinct_from(
-            tuple_(
-                bindparam("new_doc_type", type_=documents.c.doc_type.type),
-                bindparam("new_metadata", type_=documents.c.metadata.type),
-                bindparam("new_created_at", type_=documents.c.created_at.type),
-            )
-        ),
-    )
-    .values(
-        doc_type=bindparam("new_doc_type"),
-        metadata=bindparam("new_metadata"),
-        created_at=bindparam("new_created_at"),
-    )
-)
-"""Type, metadata and date of the chunks that stay, where they differ."""
-
-CREATE = upsert_into(sources).on_conflict_do_nothing().returning(sources.c.id)
-"""Texts of documents that do not exist yet; returns the ids that did not."""
-
-ADD_CHUNKS = insert(documents)
-"""Chunks with their vectors."""
-
-_REPLACED = [
-    "title",
-    "content",
-    "content_sha256",
-    "doc_type",
-    "metadata",
-    "created_at",
-    "chunk_keys",
-    "start_offsets",
-    "state",
-    "chunker",
-    "embedding_origin",
-    "embedding_model",
-]
-REPLACE = (
-    update(sources)
-    .where(sources.c.tenant_id == _of_tenant, sources.c.id == bindparam("document_id", type_=Text))
-    .values(
-        {name: bindparam(f"new_{name}", type_=sources.c[name].type) for name in _REPLACED}
-        | {"version": sources.c.version + 1, "updated_at": func.now(), "attempts": 0, "error": None}
-    )
-)
-"""A document's text and where its chunks stand in it."""
+"""The version of one document, with writers kept out until the transaction ends."""
 
 REMOVE = delete(sources).where(sources.c.tenant_id == _tenant, sources.c.id == bindparam("document_id", type_=Text))
 """One document; its chunks go with it by the foreign key."""
-
-
-async def _stored(database: Database, tenant_id: str, ids: list[str]) -> dict[str, _Stored]:
-    statement = _STORED.with_values("stored", {"tenant_id": tenant_id, "ids": ids})
-    (rows,) = await database.fetch(tenant_id, [statement], primary=True)
-    return {row["id"]: _Stored(**row) for row in rows}
-
-
-async def _vectors(
-    database: Database,
-    embedder: Embedder,
-    settings: Settings,
-    tenant_id: str,
-    plans: Sequence[_Plan],
-    stored: Mapping[str, _Stored],
-) -> dict[str, npt.NDArray[np.float32]]:
-    """A vector for each text that has no row to keep, by text."""
-    texts: dict[str, int] = {}
-    for index, plan in enumerate(plans):
-        before = stored.get(plan.draft.id)
-        if plan.own is not None or (before is not None and before.matches(plan, None)):
-            continue
-        kept = before.reusable(plan) if before else set()
-        texts |= {chunk.content: index for chunk in plan.chunks if chunk.key not in kept and chunk.content not in texts}
-    try:
-        vectors = await cache.embed(database, embedder, settings, tenant_id, list(texts))
-    except EmbeddingFailed as error:
-        if error.index is None or len(plans) == 1:
-            raise
-        item = list(texts.values())[error.index]
-        raise EmbeddingFailed(f"documents[{item}].content: {error}", error.index) from error
-    return dict(zip(texts, vectors, strict=True))
-
-
-async def _write(
-    connection: AsyncConnection,
-    tenant_id: str,
-    plans: Sequence[_Plan],
-    vectors: Mapping[str, npt.NDArray[np.float32]],
-    seen: Mapping[str, _Stored],
-    if_version: int | None,
-) -> list[Outcome]:
-    now = datetime.now(UTC)
-    created = await _create(connection, tenant_id, [plan for plan in plans if plan.draft.id not in seen], now)
-    locked, own = await _lock(connection, tenant_id, [plan for plan in plans if plan.draft.id not in created])
-    rows = _Rows([], [], [], [])
-    outcomes = []
-    for plan in plans:
-        before = locked.get(plan.draft.id)
-        stored_version = before.version if before else None
-        if if_version not in (None, stored_version):
-            raise VersionConflict(f"the stored version is {stored_version or 'none'}, not {if_version}")
-        if before and before.matches(plan, own.get(plan.draft.id)):
-            outcomes.append(Outcome(plan.draft.id, "unchanged", before.version, reused=len(plan.chunks)))
-        else:
-            outcomes.append(_difference(rows, tenant_id, plan, before, vectors, now))
-    for statement, values in (
-        (REMOVE_CHUNKS, rows.removed),
-        (RELABEL_CHUNKS, rows.relabelled),
-        (ADD_CHUNKS, rows.added),
-        (REPLACE, rows.replaced),
-    ):
-        if values:
-            await connection.execute(statement, values)
-    return outcomes
-
-
-class _Rows(NamedTuple):
-    """Values for the statements of a write, a list each."""
-
-    removed: list[dict[str, Any]]
-    relabelled: list[dict[str, Any]]
-    added: list[dict[str, Any]]
-    replaced: list[dict[str, Any]]
-
-
-def _difference(
-    rows: _Rows,
-    tenant_id: str,
-    plan: _Plan,
-    before: _Stored | None,
-    vectors: Mapping[str, npt.NDArray[np.float32]],
-    now: datetime,
-) -> Outcome:
-    """Add to `rows` what turns the stored document into the planned one. `before` None: its source has just been made."""
-    draft = plan.draft
-    kept = before.reusable(plan) & {chunk.key for chunk in plan.chunks} if before else set()
-    labels = {
-        "doc_type": draft.doc_type,
-        "metadata": draft.metadata,
-        "created_at": draft.created_at or (before.created_at if before else now),
-    }
-    fresh = [chunk for chunk in plan.chunks if chunk.key not in kept]
-    for chunk in fresh:
-        vector = vectors.get(chunk.content) if plan.own is None else plan.own
-        if vector is None:
-            raise _Overtaken  # a row this write meant to keep is gone
-        row = {"tenant_id": tenant_id, "id": draft.id, "chunk_key": chunk.key, "content": chunk.content}
-        rows.added.append(row | {"embedding": vector} | labels)
-    if before is None:
-        return Outcome(draft.id, "created", 1, embedded=len(fresh))
-    document = {"of_tenant": tenant_id, "document_id": draft.id}
-    stale = sorted(set(before.chunk_keys) - kept)
-    if stale:
-        rows.removed.append({"tenant_id": tenant_id, "document_id": draft.id, "keys": stale})
-    if kept:
-        rows.relabelled.append(document | {f"new_{name}": value for name, value in labels.items()})
-    rows.replaced.append(document | {f"new_{name}": value for name, value in (plan.row() | labels).items()})
-    return Outcome(draft.id, "updated", before.version + 1, embedded=len(fresh), reused=len(kept), removed=len(stale))
-
-
-async def _create(connection: AsyncConnection, tenant_id: str, plans: list[_Plan], now: datetime) -> set[str]:
-    """Store the texts of documents that were not there; those that came into being meanwhile are left to `_lock`."""
-    rows = [
-        {"tenant_id": tenant_id, "id": plan.draft.id, "created_at": plan.draft.created_at or now} | plan.row()
-        for plan in sorted(plans, key=lambda plan: plan.draft.id)
-    ]
-    return set((await connection.execute(CREATE, rows)).scalars()) if rows else set()
-
-
-async def _lock(
-    connection: AsyncConnection, tenant_id: str, plans: list[_Plan]
-) -> tuple[dict[str, _Stored], dict[str, npt.NDArray[np.float32]]]:
-    """The rows as they are now, with other writers kept out, and the vectors of those that brought their own."""
-    if not plans:
-        return {}, {}
-    values = {"tenant_id": tenant_id, "ids": [plan.draft.id for plan in plans]}
-    locked = {row.id: _Stored(*row) for row in await connection.execute(LOCKED, values)}
-    if len(locked) < len(plans):
-        raise _Overtaken  # deleted in between
-    callers = [row.id for row in locked.values() if row.embedding_origin == "caller"]
-    if not callers:
-        return locked, {}
-    rows = await connection.execute(OWN_VECTORS, values | {"ids": callers})
-    return locked, {row.id: row.embedding.to_numpy() for row in rows}
 
 
 class Document(NamedTuple):
@@ -446,7 +61,6 @@ def removal(conditions: Conditions) -> Delete:
     return delete(sources).where(sources.c.tenant_id == _tenant, sources.c.id.in_(matching))
 
 
-_STORED = rendered(STORED)
 _GET = rendered(GET)
 
 
@@ -472,13 +86,13 @@ async def page(
 async def remove(database: Database, tenant_id: str, document_id: str, *, if_version: int | None = None) -> None:
     """Delete one document, chunks and all. Raises NotFound, or VersionConflict unless `if_version` is stored."""
     async with database.write(tenant_id) as connection:
-        rows = await connection.execute(LOCKED, {"tenant_id": tenant_id, "ids": [document_id]})
-        stored = rows.first()
+        values = {"tenant_id": tenant_id, "document_id": document_id}
+        stored = (await connection.execute(LOCKED_VERSION, values)).scalar()
         if stored is None:
             raise NotFound(f"there is no document {document_id!r} in tenant {tenant_id!r}")
-        if if_version not in (None, stored.version):
-            raise VersionConflict(f"the stored version is {stored.version}, not {if_version}")
-        await connection.execute(REMOVE, {"tenant_id": tenant_id, "document_id": document_id})
+        if if_version not in (None, stored):
+            raise VersionConflict(f"the stored version is {stored}, not {if_version}")
+        await connection.execute(REMOVE, values)
 
 
 async def remove_matching(database: Database, tenant_id: str, conditions: Conditions) -> int:

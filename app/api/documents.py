@@ -12,14 +12,15 @@ from litestar.openapi.spec import Example
 from litestar.params import Body, HeaderParameter, PathParameter, QueryParameter
 from msgspec import Meta, Struct
 
-from app import documents, tenants
+from app import documents, tenants, upsert
 from app.api import problems
 from app.api.paths import decoded
 from app.api.search import TenantId, conditions
 from app.api.service import Service
-from app.documents import Document, Outcome
+from app.documents import Document
 from app.drafts import MAX_ID_BYTES, Draft, check_range, check_text
 from app.errors import BadInput
+from app.upsert import Outcome
 
 MAX_BATCH_BODY = 64_000_000
 MAX_PAGE = 1_000
@@ -188,7 +189,7 @@ async def _put(
     service: Service, tenant_id: str, drafts: Sequence[Draft], if_version: int | None = None
 ) -> list[Outcome]:
     tenants.check(tenant_id)
-    return await documents.put(
+    return await upsert.put(
         service.database,
         service.embedder,
         service.settings,

@@ -9,9 +9,10 @@ import pytest
 from msgspec.structs import replace
 
 from app import cache, documents, filters
-from app.documents import Draft, put
+from app.drafts import Draft
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, VersionConflict
 from app.search import Conditions
+from app.upsert import put
 
 PROSE = " ".join(
     f"Sentence number {n} tells of the {word} that was seen near the {place}."

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -18,6 +18,9 @@ MAX_METADATA_DEPTH = 8
 MAX_DOC_TYPE_BYTES = 128
 MAX_TITLE_BYTES = 1_000
 MAX_ID_BYTES = 512
+# A year from either end of what Python holds: no time zone moves such a moment out of it.
+EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
+LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,18 @@ def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:
     size = len(msgspec.json.encode(draft.metadata))
     if size > MAX_METADATA_BYTES:
         raise TooLarge("metadata", f"is {size:,} bytes as JSON; allowed: {MAX_METADATA_BYTES:,}")
-    if draft.created_at is not None and draft.created_at.tzinfo is None:
-        raise BadInput("created_at", "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
+    check_moment("created_at", draft.created_at)
     return None if draft.embedding is None else check_vector(draft.embedding, dimensions)
+
+
+def check_moment(name: str, moment: datetime | None) -> None:
+    """Raise BadInput unless the moment has a time zone and can be shown in every other one."""
+    if moment is None:
+        return
+    if moment.tzinfo is None:
+        raise BadInput(name, "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
+    if not EARLIEST <= moment < LATEST:
+        raise BadInput(name, f"is {moment.isoformat()}; allowed: years {EARLIEST.year:04} to {LATEST.year - 1}")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -5,6 +5,7 @@ from urllib.parse import quote, unquote_to_bytes
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from app.drafts import MAX_ID_BYTES, check_text
 from app.errors import BadInput
 
 PREFIX = b"/documents/"
@@ -31,8 +32,10 @@ class RawIds:
 
 
 def decoded(segment: str) -> str:
-    """The id a path segment stands for. Raises BadInput unless it is UTF-8."""
+    """The id a path segment stands for. Raises BadInput unless it is 1 to 512 bytes of UTF-8 without NUL."""
     try:
-        return unquote_to_bytes(segment).decode()
+        text = unquote_to_bytes(segment).decode()
     except UnicodeDecodeError:
         raise BadInput("id", "is not UTF-8; allowed: percent-encoded UTF-8 of 1 to 512 bytes") from None
+    check_text("id", text, 1, MAX_ID_BYTES)
+    return text

@@ -88,6 +88,10 @@ def _not_utf8(_: UnicodeDecodeError) -> ProblemDetailsException:
     return _ours(errors.BadInput("", "the body is not UTF-8; allowed: JSON in UTF-8"))
 
 
+def _too_deep(_: RecursionError) -> ProblemDetailsException:
+    return _ours(errors.BadInput("", "the body is nested too deeply; allowed: JSON of a few levels"))
+
+
 def _unexpected(error: Exception) -> ProblemDetailsException:
     log.error("unexpected error", exc_info=error)
     return ProblemDetailsException(
@@ -143,6 +147,7 @@ plugin = ProblemDetailsPlugin(
             errors.PgrecallError: _logged,
             HTTPException: _frameworks,
             UnicodeDecodeError: _not_utf8,
+            RecursionError: _too_deep,
             Exception: _unexpected,
         }
     )

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from app import filters, search, tenants
 from app.api import problems
 from app.api.service import Service
-from app.drafts import check_range, check_text, check_vector
+from app.drafts import check_moment, check_range, check_text, check_vector
 from app.errors import BadInput
 from app.search import Conditions, Hit, Scan
 
@@ -90,9 +90,8 @@ def conditions(
     types = [doc_type] if isinstance(doc_type, str) else doc_type
     for index, each in enumerate(types or ()):
         check_text("doc_type" if isinstance(doc_type, str) else f"doc_type[{index}]", each, 0, search.MAX_QUERY_BYTES)
-    for name, moment in (("created_after", created_after), ("created_before", created_before)):
-        if moment is not None and moment.tzinfo is None:
-            raise BadInput(name, "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
+    check_moment("created_after", created_after)
+    check_moment("created_before", created_before)
     return Conditions(
         doc_types=None if types is None else tuple(types),
         metadata=filters.parse(metadata),

@@ -90,6 +90,19 @@ async def test_an_id_that_is_not_utf8_is_refused(client):
     assert_problem(await client.get("/documents/%ff", params={"tenant_id": "acme"}), 400, field="id")
 
 
+@pytest.mark.parametrize("path", ["/documents/a%00b", "/documents/" + "x" * 513])
+async def test_an_id_that_cannot_exist_is_refused_on_every_route(client, path):
+    for request in (client.get, client.delete):
+        assert_problem(await request(path, params={"tenant_id": "acme"}), 413 if "x" in path else 400, field="id")
+
+
+@pytest.mark.parametrize("moment", ["0002-01-01T00:00:00+00:00", "9998-12-31T23:59:59Z"])
+async def test_the_first_and_the_last_moment_allowed_can_be_read_back(client, moment):
+    assert (await put(client, created_at=moment)).status_code == 201
+    read = await client.get("/documents/faq%2F1", params={"tenant_id": "acme"})
+    assert read.json()["created_at"].replace("+00:00", "Z") == moment.replace("+00:00", "Z")
+
+
 async def test_get_returns_the_whole_text_and_the_places_of_its_chunks(client):
     text = " ".join(f"Sentence {n} says something about the number {n} and its friends." for n in range(120))
     await put(client, content=text, title="Numbers", doc_type="note", created_at="2024-05-01T10:00:00+02:00")
@@ -137,6 +150,8 @@ async def test_a_batch_has_at_most_1000_items(client):
         ({"doc_type": "x" * 129}, 413, "doc_type"),
         ({"created_at": "2020-01-01T00:00:00"}, 400, "created_at"),
         ({"created_at": "yesterday"}, 400, "created_at"),
+        ({"created_at": "0001-01-01T00:00:00+14:00"}, 400, "created_at"),
+        ({"created_at": "9999-12-31T23:59:59-12:00"}, 400, "created_at"),
         ({"embedding": [1.0]}, 400, "embedding"),
         ({"embedding": ["x"]}, 400, None),
         ({"embedding": [0.0] * 64}, 400, "embedding"),
@@ -163,6 +178,7 @@ async def test_bad_input_is_a_problem_that_names_the_field_and_nothing_is_writte
         b'{"tenant_id": "acme", "content": NaN}',
         b'{"tenant_id": "acme", "content": "x", "embedding": [NaN]}',
         b'{"tenant_id": "acme", "content": "\xff"}',
+        b'{"tenant_id": "acme", "content": "x", "metadata": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}",
         b'{"tenant_id": "acme", "content": "\\ud800"}',
         b'{"tenant_id": "acme", "content": "x", "metadata": {"k": "\\udc00"}}',
     ],

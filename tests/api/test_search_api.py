@@ -108,6 +108,8 @@ async def test_a_vector_of_ones_own_may_be_searched_with(client, corpus, openai)
         ({"doc_type": ["a\0"]}, "doc_type[0]"),
         ({"metadata": {"a": {"$foo": 1}}}, "metadata.a.$foo"),
         ({"created_before": "2020-01-01T00:00:00"}, "created_before"),
+        ({"created_after": "0001-01-01T00:00:00Z"}, "created_after"),
+        ({"created_before": "9999-12-31T23:59:59-12:00"}, "created_before"),
         ({"tenant_id": "a b"}, "tenant_id"),
         ({"limit": 5}, None),
     ],

@@ -12,6 +12,7 @@ from app.asgi import create_app
 from app.errors import ModelMismatch, SetupError, Unsafe
 from app.settings import Settings
 from tests.api.test_documents_api import assert_problem
+from tests.conftest import passwords
 
 
 async def test_ready_names_revision_and_model_and_asks_no_model(client, openai):
@@ -90,6 +91,7 @@ async def test_start_up_refuses_a_login_that_cannot_drop_its_rights(settings, cl
     outsider = f"outsider_{database_name}"
     with psycopg.connect(cluster.admin, autocommit=True) as admin:
         admin.execute(f"create role {outsider} login")
+        passwords(cluster, outsider)
         try:
             refused = replace(settings, database_url=cluster.url(database_name, outsider))
             with pytest.RaisesGroup(pytest.RaisesExc(Unsafe, match="pgrecall roles --apply")):

@@ -1,12 +1,17 @@
 """The command line: arguments in, exit status out."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from app import __version__, commands, demo, settings, telemetry, terminal
+if os.getpid() == 1:
+    # The first process of a container ignores what it does not handle, and the imports below take a second or two.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+
+from app import __version__, commands, demo, scorecard, settings, telemetry, terminal
 from app.errors import PgrecallError
 from app.settings import Settings
 
@@ -104,6 +109,34 @@ def parser() -> argparse.ArgumentParser:
         asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
+    judged = command(
+        "evaluate",
+        scorecard.evaluate,
+        "Measure the search against queries whose documents are known.",
+        "pgrecall evaluate judged.jsonl --tenant acme --fail-under recall@10=0.8",
+        "pgrecall evaluate beir/scifact --per-query",
+    )
+    judged.add_argument(
+        "path",
+        type=Path,
+        help="JSONL file of {query, expected_doc_ids, tenant_id}, or folder with corpus.jsonl, queries.jsonl and qrels.tsv",
+    )
+    judged.add_argument(
+        "--tenant", help="tenant of the lines that name none; of a folder's documents (eval- and the folder's name)"
+    )
+    judged.add_argument(
+        "-k", type=_whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
+    )
+    judged.add_argument("--per-query", action="store_true", help="every query's figures too, the worst first")
+    judged.add_argument(
+        "--fail-under",
+        type=scorecard.floor,
+        action="append",
+        default=[],
+        metavar="METRIC=VALUE",
+        help="exit with status 1 if the metric is under the value; may be repeated",
+    )
+    _json(judged)
     _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
     _json(
         command(

@@ -5,6 +5,7 @@ import base64
 import functools
 import hashlib
 import math
+import os
 import re
 import string
 from collections.abc import Sequence
@@ -318,6 +319,8 @@ class LocalEmbedder:
     """
 
     def __init__(self) -> None:
+        # Since 1.29 onnxruntime tells Microsoft what runs where, unless this says otherwise before it is imported.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             # The optional extra `local`.
             import onnxruntime  # noqa: PLC0415

@@ -143,7 +143,7 @@ def index_config(settings: Settings, top_k: int) -> dict[str, str]:
     """Settings under which the planner can only order by the HNSW index, and the index goes on until it has enough."""
     return EXACT | {
         "hnsw.iterative_scan": "relaxed_order",
-        "hnsw.ef_search": str(max(settings.ef_search, top_k)),
+        "hnsw.ef_search": str(min(max(settings.ef_search, top_k), 1_000)),  # pgvector takes no more
         "enable_sort": "off",
         "jit": "off",
         "max_parallel_workers_per_gather": "0",

@@ -59,12 +59,13 @@ class Cluster:
         return urlunsplit(parts._replace(netloc=netloc, path=f"/{database}"))
 
 
-def passwords(cluster: Cluster) -> None:
+def passwords(cluster: Cluster, *logins: str) -> None:
+    """Give logins the superuser's password, where the server asks for one."""
     password = urlsplit(cluster.admin).password
     if password is None:
         return
     with psycopg.connect(cluster.admin, autocommit=True) as connection:
-        for login in (local.OWNER, local.SERVICE, local.ANALYST):
+        for login in logins or (local.OWNER, local.SERVICE, local.ANALYST):
             connection.execute(
                 sql.SQL("alter role {} password {}").format(sql.Identifier(login), sql.Literal(password))
             )
@@ -82,7 +83,7 @@ def cluster(testrun_uid: str) -> Iterator[Cluster]:
         if not (data / "postgres/postmaster.pid").exists():
             shutil.rmtree(data, ignore_errors=True)
     elif kind == "container":
-        from testcontainers.postgres import PostgresContainer  # noqa: PLC0415  only this mode needs Docker
+        from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415  only this mode needs Docker
 
         with PostgresContainer("pgvector/pgvector:pg18", driver=None) as container:
             yield Cluster(container.get_connection_url())

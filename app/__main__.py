@@ -11,8 +11,11 @@ if os.getpid() == 1:
     # The first process of a container ignores what it does not handle, and the imports below take a second or two.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
+import psycopg
+from sqlalchemy.exc import SQLAlchemyError
+
 from app import __version__, commands, demo, scorecard, settings, telemetry, terminal
-from app.errors import PgrecallError
+from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
 Command = Callable[[argparse.Namespace, Settings], int]
@@ -181,7 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
         run: Command = asked.run
         return run(asked, config)
     except PgrecallError as error:
-        terminal.say(f"pgrecall: {error}")
+        cause = str(error.__cause__ or "").strip().splitlines() if isinstance(error, DatabaseUnavailable) else []
+        terminal.say(f"pgrecall: {error}" + (f" ({cause[-1].strip()})" if cause else ""))
+        return 2
+    except (psycopg.Error, SQLAlchemyError) as error:
+        terminal.say(f"pgrecall: the database refused: {str(error).strip().splitlines()[0]}")
         return 2
     except KeyboardInterrupt:
         terminal.say("interrupted")

@@ -130,7 +130,7 @@ def apply_roles(arguments: Namespace, config: Settings) -> int:
                 connection.execute(statement.encode())
             except psycopg.errors.InsufficientPrivilege:
                 raise SetupError(
-                    "this login may not create roles: run `pgrecall roles` and hand what it prints to an administrator, "
+                    "this login may not create or grant these roles: run `pgrecall roles` and hand what it prints to an administrator, "
                     "or give an administrator's URL with --url"
                 ) from None
     terminal.say(f"{', '.join(roles.ROLES)} are there" + (f"; {login} may become the first two" if login else ""))

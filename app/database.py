@@ -5,25 +5,28 @@ ends, so that nothing is left on a pooled connection. Nobody but `Database.write
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
 import psycopg
 from pgvector.psycopg import halfvec, vector
 from psycopg.rows import dict_row
 from psycopg.types import TypeInfo
-from sqlalchemy import ClauseElement, Connection, Engine, create_engine, event, func, select
+from sqlalchemy import ClauseElement, Engine, create_engine, event, func, select
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app import roles
 from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, TimedOut
 from app.settings import Settings
+
+log = logging.getLogger(__name__)
 
 IDLE_BEFORE_PING = 5.0
 """Seconds a pooled connection may lie idle and still be trusted without asking the server."""
@@ -62,12 +65,25 @@ def connect(url: str) -> psycopg.Connection[Any]:
     Raises DatabaseUnavailable without the driver's words where the server cannot be reached.
     """
     with translated():
-        return psycopg.connect(url, autocommit=True, connect_timeout=10)
+        connection = psycopg.connect(url, autocommit=True, connect_timeout=10)
+        connection.execute("set lock_timeout = '4s'")
+        return connection
 
 
 def sync_engine(url: str) -> Engine:
     """An engine without a pool, for migrations. libpq reads the URL, so `sslmode=` and the like work as they do in psql."""
-    return create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=NullPool)
+
+    def open_connection() -> psycopg.Connection[Any]:
+        connection = psycopg.connect(url, connect_timeout=10)
+        connection.add_notice_handler(_warn)
+        return connection
+
+    return create_engine("postgresql+psycopg://", creator=open_connection, poolclass=NullPool, hide_parameters=True)
+
+
+def _warn(notice: psycopg.errors.Diagnostic) -> None:
+    if notice.severity_nonlocalized == "WARNING":
+        log.warning("%s. %s", notice.message_primary, notice.message_hint or "")
 
 
 class Database:
@@ -76,25 +92,43 @@ class Database:
     def __init__(self, settings: Settings, url: str) -> None:
         """`url` is a libpq URL. Nothing connects before the first use."""
         self._timeout_ms = str(int(settings.statement_timeout * 1000))
-        self._engine = _engine(url, settings)
+        self._primary = _Pool(url, settings)
         read_url = settings.database_read_url
-        self._read_engine = _engine(read_url, settings) if read_url else self._engine
+        self._replica = _Pool(read_url, settings) if read_url else self._primary
+
+    @property
+    def has_replica(self) -> bool:
+        """Whether searches read elsewhere."""
+        return self._replica is not self._primary
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._engine.dispose()
-        if self._read_engine is not self._engine:
-            await self._read_engine.dispose()
+        await self._primary.engine.dispose()
+        if self.has_replica:
+            await self._replica.engine.dispose()
 
     @asynccontextmanager
     async def write(self, tenant_id: str) -> AsyncIterator[AsyncConnection]:
-        """A transaction as this tenant on the primary; commits when the block ends, leaves nothing when it fails."""
+        """A transaction as this tenant on the primary; commits when the block ends, leaves nothing when it fails.
+
+        A connection that turns out to be dead before the block begins is replaced once.
+        """
+        identity = select(*(func.set_config(name, value, True) for name, value in self._identity(tenant_id).items()))
         with translated():
-            async with self._engine.connect() as connection, connection.begin():
-                await connection.execute(
-                    select(*(func.set_config(name, value, True) for name, value in self._identity(tenant_id).items()))
-                )
+            async with AsyncExitStack() as stack:
+                for last_try in (False, True):
+                    connection = await stack.enter_async_context(self._primary.engine.connect())
+                    try:
+                        await connection.begin()
+                        await connection.execute(identity)
+                        break
+                    except DBAPIError as error:
+                        self._primary.suspect()
+                        if not error.connection_invalidated or last_try:
+                            raise
+                        await connection.close()
                 yield connection
+                await connection.commit()
 
     async def fetch(
         self,
@@ -108,32 +142,20 @@ class Database:
 
         `config` holds settings for this transaction only. A connection that turns out to be dead is replaced once.
         """
-        identity = {**self._identity(tenant_id), **(config or {})}
-        engine = self._engine if primary else self._read_engine
-        for last_try in (False, True):
-            with translated():
-                async with engine.connect() as pooled:
-                    connection = await _driver(pooled)
-                    try:
-                        return await _pipelined(connection, identity, statements)
-                    except psycopg.OperationalError:
-                        if connection.broken and not last_try:
-                            await pooled.invalidate()
-                            continue
-                        raise
-        raise DatabaseUnavailable  # pragma: no cover - the second try returns or raises
+        pool = self._primary if primary else self._replica
+        return await pool.run({**self._identity(tenant_id), **(config or {})}, statements)
 
-    async def fetch_public(self, statement: Statement, *, as_login: bool = False) -> list[dict[str, Any]]:
+    async def fetch_public(
+        self, statement: Statement, *, as_login: bool = False, replica: bool = False
+    ) -> list[dict[str, Any]]:
         """Rows that belong to no tenant: the schema's revision and the embedding model.
 
         `as_login`: without dropping the login's rights, for looking at what they are.
         """
         role = {} if as_login else {"role": roles.APP}
-        config = role | {"statement_timeout": self._timeout_ms}
-        with translated():
-            async with self._engine.connect() as pooled:
-                (rows,) = await _pipelined(await _driver(pooled), config, [statement])
-                return rows
+        pool = self._replica if replica else self._primary
+        (rows,) = await pool.run(role | {"statement_timeout": self._timeout_ms}, [statement])
+        return rows
 
     def _identity(self, tenant_id: str) -> dict[str, str]:
         return {
@@ -174,38 +196,59 @@ async def _pipelined(
         raise
 
 
-def _engine(url: str, settings: Settings) -> AsyncEngine:
-    async def open_connection() -> psycopg.AsyncConnection[Any]:
-        connection = await psycopg.AsyncConnection.connect(
-            url, autocommit=True, connect_timeout=5, application_name="pgrecall"
+class _Pool:
+    """Connections to one server. Once one is found dead, all that are older are asked before they are used again."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        async def open_connection() -> psycopg.AsyncConnection[Any]:
+            connection = await psycopg.AsyncConnection.connect(
+                url, autocommit=True, connect_timeout=5, tcp_user_timeout=30_000, application_name="pgrecall"
+            )
+            connection.prepare_threshold = 3 if settings.prepared_statements else None
+            return connection
+
+        self._suspected = float("-inf")
+        self.engine = create_async_engine(
+            "postgresql+psycopg://",
+            async_creator=open_connection,
+            pool_size=settings.pool_size,
+            max_overflow=0,
+            pool_timeout=settings.pool_timeout,
+            hide_parameters=True,
         )
-        connection.prepare_threshold = 3 if settings.prepared_statements else None
-        return connection
+        event.listen(self.engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("begin"))
+        event.listen(self.engine.sync_engine, "checkout", self._trust)
 
-    engine = create_async_engine(
-        "postgresql+psycopg://",
-        async_creator=open_connection,
-        pool_size=settings.pool_size,
-        max_overflow=0,
-        pool_timeout=settings.pool_timeout,
-    )
+    def suspect(self) -> None:
+        """A connection was found dead: the others may be."""
+        self._suspected = time.monotonic()
 
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("begin")
+    async def run(self, config: Mapping[str, str], statements: Sequence[Statement]) -> list[list[dict[str, Any]]]:
+        """The rows of each statement, under these settings; a connection that turns out to be dead is replaced once."""
+        for last_try in (False, True):
+            with translated():
+                async with self.engine.connect() as pooled:
+                    connection = await _driver(pooled)
+                    try:
+                        return await _pipelined(connection, config, statements)
+                    except psycopg.OperationalError:
+                        if not connection.broken:
+                            raise
+                        self.suspect()
+                        await pooled.invalidate()
+                        if last_try:
+                            raise
+        raise DatabaseUnavailable  # pragma: no cover - the second try returns or raises
 
-    @event.listens_for(engine.sync_engine, "checkout")
-    def trust(dbapi_connection: Any, record: Any, _proxy: Any) -> None:
-        idle = time.monotonic() - record.info.get("used", float("-inf"))
+    def _trust(self, dbapi_connection: Any, record: Any, _proxy: Any) -> None:
+        used = record.info.get("used", float("-inf"))
         record.info["used"] = time.monotonic()
-        if "vectors" in record.info and idle < IDLE_BEFORE_PING:
+        if record.info.get("vectors") and used > max(self._suspected, time.monotonic() - IDLE_BEFORE_PING):
             return
         try:
             record.info["vectors"] = dbapi_connection.run_async(_register_vectors)
         except psycopg.Error as error:
             raise DisconnectionError from error
-
-    return engine
 
 
 async def _register_vectors(connection: psycopg.AsyncConnection[Any]) -> bool:
@@ -241,6 +284,8 @@ def _ours(error: BaseException | None) -> BaseException:
             return TimedOut("the database did not finish within PGRECALL_STATEMENT_TIMEOUT")
         case psycopg.errors.TooManyConnections():
             return PoolExhausted("the database accepts no more connections; try again")
+        case psycopg.errors.ReadOnlySqlTransaction():
+            return DatabaseUnavailable("the database takes no writes now; try again")
         case psycopg.errors.OperationalError() if error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "53"):
             return DatabaseUnavailable("the database cannot be reached; try again")
     return error or DatabaseUnavailable()

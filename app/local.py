@@ -66,6 +66,10 @@ def bootstrap(admin_url: str, database: str) -> None:
             connection.execute(statement.encode())
         connection.execute(sql.SQL("grant pgrecall_analyst to {}").format(sql.Identifier(ANALYST)))
         connection.execute(sql.SQL("alter role {} set statement_timeout = '60s'").format(sql.Identifier(ANALYST)))
+        # Without it an index scan that the policy filters comes back short.
+        connection.execute(
+            sql.SQL("alter role {} set hnsw.iterative_scan = 'strict_order'").format(sql.Identifier(ANALYST))
+        )
         # Under another name until it is whole: a bootstrap that was killed is begun again.
         unfinished = f"{database}_unfinished"
         connection.execute(sql.SQL("drop database if exists {}").format(sql.Identifier(unfinished)))

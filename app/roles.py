@@ -22,10 +22,15 @@ do $$ begin
     create role {role} nologin;
 exception when duplicate_object or unique_violation then null;
 end $$"""
+# The login must ask for the roles (SET ROLE) and have none of their rights otherwise. Before 16 that is a property of the
+# login, since then of the grant.
 _GRANT = """\
 do $$ begin
-    if not pg_has_role({login_text}, {role_text}, 'member') then
-        grant {role} to {login};
+    if current_setting('server_version_num')::int >= 160000 then
+        execute 'grant ' || {role_text} || ' to ' || quote_ident({login_text}) || ' with inherit false, set true';
+    else
+        execute 'grant ' || {role_text} || ' to ' || quote_ident({login_text});
+        execute 'alter role ' || quote_ident({login_text}) || ' noinherit';
     end if;
 exception when internal_error or unique_violation then null;
 end $$"""
@@ -40,12 +45,6 @@ def statements(login: str | None = None) -> list[str]:
         made.append(sql.SQL("comment on role {} is {}").format(name, sql.Literal(purpose)))
     if login is not None:
         made += [
-            sql.SQL(_GRANT).format(
-                login=sql.Identifier(login),
-                login_text=sql.Literal(login),
-                role=sql.Identifier(role),
-                role_text=sql.Literal(role),
-            )
-            for role in (APP, WORKER)
+            sql.SQL(_GRANT).format(login_text=sql.Literal(login), role_text=sql.Literal(role)) for role in (APP, WORKER)
         ]
     return [statement.as_string(None) for statement in made]

@@ -10,6 +10,7 @@ import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection, text
 
 from app import local, model, roles
@@ -19,12 +20,15 @@ from app.errors import SchemaTooOld, SetupError, Unsafe
 from app.model import Model
 from app.settings import Settings
 
+VERSION_TABLE = "pgrecall_revision"
+"""Alembic's table, under a name that leaves a team's own Alembic in the same database alone."""
+
 REQUIRED = "0001"
 """The oldest revision this release works on. Revisions are numbered, so newer ones compare as greater."""
 
 _INI = Path(__file__).resolve().parent.parent / "alembic.ini"
 
-REVISION = Statement("schema revision", "select version_num from alembic_version", {})
+REVISION = Statement("schema revision", "select version_num from pgrecall_revision", {})
 """Which revision the database is at."""
 
 PREFLIGHT = Statement(
@@ -34,7 +38,10 @@ with guarded as (
     select c.oid, c.relowner, c.relrowsecurity from pg_class c
      where c.oid in (to_regclass('sources'), to_regclass('documents'), to_regclass('embedding_cache'))
 )
-select (select count(*) from guarded) as tables,
+select (select count(*) from guarded) as tables, current_user as login,
+       exists (select from guarded g, pg_roles w
+                where w.rolname = %(worker)s and pg_has_role(current_user, w.oid, 'usage')
+                  and not (select rolsuper from pg_roles where rolname = current_user)) as inherits,
        coalesce((select pg_has_role(current_user, oid, 'member') from pg_roles where rolname = %(app)s), false) as member,
        (select rolsuper or rolbypassrls from pg_roles where rolname = %(app)s) as bypasses,
        (select bool_or(pg_has_role(r.oid, g.relowner, 'usage')) from guarded g, pg_roles r where r.rolname = %(app)s) as owns,
@@ -42,7 +49,7 @@ select (select count(*) from guarded) as tables,
        (select count(distinct p.polrelid) from pg_policy p join guarded g on g.oid = p.polrelid
           join pg_roles r on r.oid = any (p.polroles) where r.rolname = %(app)s) as policies
 """,
-    {"app": roles.APP},
+    {"app": roles.APP, "worker": roles.WORKER},
 )
 """Whether the role that every transaction drops to really is confined to one tenant. Reads catalogues only."""
 
@@ -91,10 +98,10 @@ def provided(settings: Settings) -> Iterator[Settings]:
 def is_current(settings: Settings) -> bool:
     """Whether the database is at the newest revision this release knows."""
     with migration_url(settings) as url, connect(url) as connection:
-        row = connection.execute("select to_regclass('alembic_version') is not null").fetchone()
+        row = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
         if row is None or not row[0]:
             return False
-        return connection.execute("select version_num from alembic_version").fetchone() == (head(settings),)
+        return connection.execute("select version_num from pgrecall_revision").fetchone() == (head(settings),)
 
 
 def head(settings: Settings) -> str:
@@ -114,6 +121,10 @@ def migrate(settings: Settings, revision: str = "head") -> None:
     try:
         with translated():
             command.upgrade(config(settings), revision)
+    except CommandError as error:
+        raise SetupError(
+            f"migration failed: {error}. A newer release has migrated this database, or another program"
+        ) from error
     except psycopg.Error as error:
         hint = f". {error.diag.message_hint}" if error.diag.message_hint else ""
         raise SetupError(f"migration failed: {error.diag.message_primary or error}{hint}") from error
@@ -138,9 +149,9 @@ def vector_schema(connection: Connection) -> str:
     return row[0] if row and not row[1] else ""
 
 
-async def revision(database: Database) -> str:
+async def revision(database: Database, *, replica: bool = False) -> str:
     """The revision of a database. Raises SchemaTooOld where it is older than this release needs."""
-    found = (await database.fetch_public(REVISION))[0]["version_num"]
+    found = (await database.fetch_public(REVISION, replica=replica))[0]["version_num"]
     if found < REQUIRED:
         raise SchemaTooOld(
             f"the database is at revision {found}, this release needs {REQUIRED}: run `pgrecall migrate`"
@@ -148,16 +159,24 @@ async def revision(database: Database) -> str:
     return str(found)
 
 
-async def preflight(database: Database) -> None:
+async def preflight(database: Database, *, replica: bool = False) -> None:
     """Raise Unsafe, naming the statement that mends it, where the service could reach another tenant's rows.
 
     Raises SchemaTooOld where there are no tables yet.
     """
-    (row,) = await database.fetch_public(PREFLIGHT, as_login=True)
+    (row,) = await database.fetch_public(PREFLIGHT, as_login=True, replica=replica)
     if row["tables"] < GUARDED:
         raise SchemaTooOld(f"the database has no schema yet, this release needs {REQUIRED}: run `pgrecall migrate`")
     if not row["member"]:
-        raise Unsafe(f"this login may not become {roles.APP}: run `pgrecall roles --apply` as an administrator")
+        raise Unsafe(
+            f"the login {row['login']} may not become {roles.APP}: run "
+            f"`pgrecall roles --apply --login {row['login']} --url …` with an administrator's URL, or serve as another login"
+        )
+    if row["inherits"]:
+        raise Unsafe(
+            f"the login {row['login']} has the rights of {roles.WORKER} without asking for them: run "
+            f"`pgrecall roles --apply --login {row['login']} --url …` with an administrator's URL"
+        )
     if row["bypasses"]:
         raise Unsafe(f"{roles.APP} bypasses row-level security: ALTER ROLE {roles.APP} NOSUPERUSER NOBYPASSRLS")
     if row["owns"]:
@@ -174,8 +193,9 @@ async def check(database: Database, embedder: Embedder) -> Readiness:
 
     Raises SchemaTooOld, ModelMismatch, Unsafe or DatabaseUnavailable.
     """
-    await preflight(database)
-    found = await revision(database)
-    recorded = await model.recorded(database)
-    model.check(recorded, embedder)
+    for replica in (False, True) if database.has_replica else (False,):
+        await preflight(database, replica=replica)
+        found = await revision(database, replica=replica)
+        recorded = await model.recorded(database, replica=replica)
+        model.check(recorded, embedder)
     return Readiness(found, recorded)

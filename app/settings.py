@@ -116,6 +116,8 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         text = environ.get(name, "").strip()
         if not text:
             continue
+        if field.name in {"database_url", "database_read_url", "migration_url"}:
+            text = text.replace("+psycopg://", "://", 1)  # as SQLAlchemy writes it; libpq does not know it
         try:
             values[field.name] = msgspec.convert(text, field.type, strict=False)
         except msgspec.ValidationError as error:
@@ -135,6 +137,11 @@ def _check_together(settings: Settings) -> None:
         raise WrongSetting(
             f"PGRECALL_CHUNK_OVERLAP_TOKENS: {settings.chunk_overlap_tokens} is too much; "
             f"allowed: at most half of PGRECALL_CHUNK_MAX_TOKENS ({settings.chunk_max_tokens})"
+        )
+    if settings.uses_openai and settings.embedding_model == LOCAL_MODEL:
+        raise WrongSetting(
+            f"PGRECALL_EMBEDDING_MODEL: {LOCAL_MODEL!r} is the model inside the package; allowed with a server: one of its "
+            "models, or set PGRECALL_EMBEDDER=local"
         )
     if not settings.uses_openai:
         if settings.embedding_dimensions not in (None, LOCAL_DIMENSIONS):

@@ -29,6 +29,7 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
         compare_server_default=False,
         include_object=_ours,
         transaction_per_migration=True,
+        version_table=schema.VERSION_TABLE,
         literal_binds=connection is None,
         embedding_model=model,
         embedding_dimensions=dimensions,
@@ -36,7 +37,10 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
     )
 
 
+# The database may hold a team's own tables, and its own Alembic with a table of that name.
 def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared: object) -> bool:  # noqa: ARG001  Alembic's signature
+    if kind == "table" and reflected and compared is None:
+        return False
     # What operations build at run time carries this prefix and is recorded by them, not by migrations.
     return not (reflected and (name or "").startswith("pgrecall_run_"))
 

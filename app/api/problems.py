@@ -137,7 +137,9 @@ DOCUMENTED = {
 def _logged(error: errors.PgrecallError) -> ProblemDetailsException:
     problem = _ours(error)
     if problem.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        log.warning("%s: %s", type(error).__name__, error, exc_info=error.__cause__)
+        # A cause outside of this program is told in a line; the way there is always the same.
+        cause = str(error.__cause__ or "").strip().splitlines()
+        log.warning("%s: %s%s", type(error).__name__, error, f" ({cause[-1]})" if cause else "")
     return problem
 
 

@@ -18,6 +18,11 @@ declare
     name text;
     version int[];
 begin
+    if current_setting('server_encoding') <> 'UTF8' then
+        raise exception using
+            message = 'pgrecall needs a database in UTF8, this one is in ' || current_setting('server_encoding'),
+            hint = 'Make one with: CREATE DATABASE … ENCODING ''UTF8'' TEMPLATE template0';
+    end if;
     foreach name in array array['vector', 'btree_gin'] loop
         continue when exists (select from pg_extension where extname = name);
         begin
@@ -159,6 +164,14 @@ create view document_chunks with (security_invoker = true) as
 """
 
 COMMENTS = {
+    "table pgrecall_revision": "Which revision of pgrecall's schema this database has.",
+    "column pgrecall_revision.version_num": "The revision's number; migrations/versions/ has a file for each.",
+    "index pgrecall_revision_pkc": "At most one row a revision.",
+    "index embedding_models_pkey": "One row a model and length.",
+    "index sources_pkey": "One row a document of a tenant; in the order of the ids, for pages.",
+    "index documents_pkey": "One row a chunk of a document of a tenant.",
+    "index embedding_cache_pkey": "One row a text of a tenant, model, length and kind.",
+    "index analyst_tenants_pkey": "One row a login and tenant.",
     "table embedding_models": "The embedding models whose vectors this database holds. Exactly one is active.",
     "column embedding_models.name": "Name of the model, as its maker writes it.",
     "column embedding_models.dimensions": "Length of each of its vectors.",
@@ -248,7 +261,8 @@ alter table analyst_tenants enable row level security;
 create policy app_sources on sources to pgrecall_app using ({TENANT}) with check ({TENANT});
 create policy app_documents on documents to pgrecall_app using ({TENANT}) with check ({TENANT});
 create policy app_embedding_cache on embedding_cache to pgrecall_app using ({TENANT}) with check ({TENANT});
-create policy worker_sources on sources to pgrecall_worker using (true) with check (true);
+create policy worker_sources_select on sources for select to pgrecall_worker using (true);
+create policy worker_sources_update on sources for update to pgrecall_worker using (true) with check (true);
 create policy analyst_sources on sources for select to pgrecall_analyst using ({ANALYST});
 create policy analyst_documents on documents for select to pgrecall_analyst using ({ANALYST});
 create policy analyst_analyst_tenants on analyst_tenants for select to pgrecall_analyst using (analyst = session_user);
@@ -258,7 +272,7 @@ create policy backup_embedding_cache on embedding_cache for select to pgrecall_b
 create policy backup_analyst_tenants on analyst_tenants for select to pgrecall_backup using (true);
 grant select on tenant_sources, tenant_documents to pgrecall_app;
 grant select, insert, update, delete on sources, documents, embedding_cache to pgrecall_app;
-grant select on embedding_models, alembic_version to pgrecall_app, pgrecall_worker, pgrecall_analyst, pgrecall_backup;
+grant select on embedding_models, pgrecall_revision to pgrecall_app, pgrecall_worker, pgrecall_analyst, pgrecall_backup;
 grant select, update on sources to pgrecall_worker;
 grant select on sources, documents, document_chunks, analyst_tenants to pgrecall_analyst;
 grant select on sources, documents, embedding_cache, analyst_tenants, tenant_sources, tenant_documents, document_chunks

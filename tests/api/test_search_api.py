@@ -128,8 +128,8 @@ async def test_an_unknown_operator_lists_the_known_ones(client):
 
 async def test_an_exhausted_pool_is_a_503_with_retry_after(client, app, settings):
     database = app.state.service.database
-    held = [await database._engine.connect() for _ in range(settings.pool_size)]
-    database._engine.sync_engine.pool._timeout = 0.2
+    held = [await database._primary.engine.connect() for _ in range(settings.pool_size)]
+    database._primary.engine.sync_engine.pool._timeout = 0.2
     try:
         response = await client.post("/search", json={"tenant_id": "acme", "embedding": [1.0] * 64})
         assert_problem(response, 503)

@@ -29,7 +29,7 @@ async def test_ready_names_revision_and_model_and_asks_no_model(client, openai):
 
 
 async def test_on_an_old_schema_the_service_lives_but_is_not_ready_until_it_is_migrated(settings, owner):
-    owner.execute("update alembic_version set version_num = '0000'")
+    owner.execute("update pgrecall_revision set version_num = '0000'")
     app = create_app(settings)
     async with (
         app.lifespan(),
@@ -38,13 +38,13 @@ async def test_on_an_old_schema_the_service_lives_but_is_not_ready_until_it_is_m
         assert (await client.get("/health/live")).status_code == 200
         assert "pgrecall migrate" in assert_problem(await client.get("/health/ready"), 503)["detail"]
         assert_problem(await client.post("/search", json={"tenant_id": "acme", "query": "x"}), 503)
-        owner.execute("update alembic_version set version_num = '0001'")
+        owner.execute("update pgrecall_revision set version_num = '0001'")
         assert (await client.get("/health/ready")).status_code == 200
         assert (await client.post("/search", json={"tenant_id": "acme", "query": "x"})).status_code == 200
 
 
 async def test_a_newer_schema_is_fine(settings, owner):
-    owner.execute("update alembic_version set version_num = '9999'")
+    owner.execute("update pgrecall_revision set version_num = '9999'")
     app = create_app(settings)
     async with app.lifespan():
         assert (await app.state.service.check()).revision == "9999"

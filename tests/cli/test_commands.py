@@ -187,7 +187,7 @@ def test_a_database_of_another_model_is_refused(run, monkeypatch, folder):
 def test_every_command_has_help_with_examples(capsys):
     (several,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     assert set(several.choices) == {
-        "serve", "demo", "migrate", "roles", "ingest", "search", "ask", "settings", "status"
+        "serve", "demo", "migrate", "roles", "ingest", "search", "ask", "evaluate", "settings", "status"
     }  # fmt: skip
     for name in several.choices:
         with pytest.raises(SystemExit):

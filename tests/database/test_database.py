@@ -33,7 +33,7 @@ async def test_a_fetch_is_one_transaction_and_leaves_nothing_behind(single):
     (one,), (two,) = await single.fetch("acme", [WHO, WHO])
     assert (one["role"], one["tenant"], one["timeout"]) == ("pgrecall_app", "acme", "10s")
     assert one["transaction"] == two["transaction"]
-    async with single._engine.connect() as pooled:
+    async with single._primary.engine.connect() as pooled:
         raw = (await pooled.get_raw_connection()).driver_connection
         left = await (await raw.execute(WHO.sql)).fetchone()
         assert left[:3] == ("pgrecall_service", "", "0")
@@ -42,7 +42,7 @@ async def test_a_fetch_is_one_transaction_and_leaves_nothing_behind(single):
 
 async def test_a_fetch_is_one_round_trip(single):
     await single.fetch("acme", [WHO])
-    async with single._engine.connect() as pooled:
+    async with single._primary.engine.connect() as pooled:
         raw = (await pooled.get_raw_connection()).driver_connection
         waits = []
         original = raw.wait

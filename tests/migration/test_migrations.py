@@ -82,7 +82,7 @@ def test_downgrade_to_base_leaves_nothing_and_may_be_run_again(settings):
         command.downgrade(config, "base")
         command.downgrade(config, "base")
         left = snapshot(settings.migration_url)
-        assert [name for name in left["columns"] if "alembic_version" not in name] == []
+        assert [name for name in left["columns"] if "pgrecall_revision" not in name] == []
         assert left["policies"] == left["views"] == left["functions"] == []
 
 
@@ -173,7 +173,7 @@ def test_two_migrators_at_once_one_works_the_other_finds_nothing_to_do(cluster, 
     errors = [process.communicate(timeout=60)[1] for process in several]
     assert [process.returncode for process in several] == [0, 0], errors
     with psycopg.connect(settings.migration_url) as owner:
-        assert owner.execute("select version_num from alembic_version").fetchone() == ("0001",)
+        assert owner.execute("select version_num from pgrecall_revision").fetchone() == ("0001",)
 
 
 def test_a_migrator_waits_for_the_other_without_blocking_in_the_server(settings):
@@ -217,12 +217,12 @@ def test_everything_public_has_a_comment(cluster, template):
     uncommented = """
     select 'relation ' || c.relname from pg_class c
      where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'v', 'i') and obj_description(c.oid, 'pg_class') is null
-       and c.relname <> 'alembic_version' and c.relname not like '%\\_pkey' and c.relname not like 'alembic%'
+       and c.relname <> 'pgrecall_revision' and c.relname not like '%\\_pkey' and c.relname not like 'alembic%'
        and not exists (select from pg_constraint k where k.conindid = c.oid)
     union all
     select 'column ' || c.relname || '.' || a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
      where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'v') and a.attnum > 0 and not a.attisdropped
-       and c.relname <> 'alembic_version' and col_description(c.oid, a.attnum) is null
+       and c.relname <> 'pgrecall_revision' and col_description(c.oid, a.attnum) is null
     union all
     select 'function ' || p.proname from pg_proc p
      where p.pronamespace = 'public'::regnamespace and obj_description(p.oid, 'pg_proc') is null

@@ -276,7 +276,7 @@ async def test_a_search_is_one_round_trip_for_a_small_tenant_and_two_for_a_large
 
 
 async def test_the_vector_travels_in_binary(database, settings):
-    async with database._read_engine.connect() as pooled:
+    async with database._replica.engine.connect() as pooled:
         connection = (await pooled.get_raw_connection()).driver_connection
         dumper = connection.adapters.get_dumper(np.ndarray, PyFormat.AUTO)
         assert dumper.format == Format.BINARY

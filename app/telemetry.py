@@ -24,6 +24,8 @@ CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "uvicorn", "alem
 """Libraries whose info records repeat what we say ourselves."""
 
 _ACCEPTED = re.compile(r"[\x21-\x7e]{1,128}")
+_DETAIL = re.compile(r"DETAIL: .*?(?=\n(?:HINT|CONTEXT|QUERY|\[SQL|\(Background|\n|Traceback| *File)|\Z)", re.DOTALL)
+"""What PostgreSQL adds to an error: often the row at fault, with the text of a document in it."""
 _PLAIN = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
 
 
@@ -65,7 +67,7 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One record as one line."""
         message = record.getMessage()
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        trace = _DETAIL.sub("DETAIL: left out", self.formatException(record.exc_info)) if record.exc_info else ""
         for secret in self._secrets:
             message, trace = message.replace(secret, BLOT), trace.replace(secret, BLOT)
         fields = {

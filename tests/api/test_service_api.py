@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from app import roles, search
+from app import roles, search, telemetry
 from app.asgi import create_app
 from app.errors import ModelMismatch, SetupError, Unsafe
 from app.settings import Settings
@@ -121,6 +121,18 @@ async def test_an_unexpected_error_is_a_problem_without_its_words(client, monkey
     assert "secret" not in response.text
 
 
+async def test_no_text_of_a_document_reaches_the_log(client, owner, app, capsys):
+    telemetry.set_up(app.state.service.settings)
+    owner.execute("alter table sources add constraint staged check (title is not null)")
+    body = {"tenant_id": "acme", "content": "MARKED document text"}
+    assert_problem(await client.put("/documents/a", json=body), 500)
+    owner.execute("revoke insert on sources from pgrecall_app")
+    assert_problem(await client.put("/documents/a", json=body), 500)
+    logged = capsys.readouterr().err
+    assert "staged" in logged
+    assert "MARKED" not in logged
+
+
 async def test_a_database_fault_is_a_problem_without_the_drivers_words(client, owner):
     owner.execute("alter table documents drop column terms cascade")
     owner.execute("alter table sources rename column content to hidden_column")
@@ -179,6 +191,52 @@ class TestOpenAPI:
         for address in loaded:
             assert address.startswith("/docs/"), address
             assert (await client.get(address)).status_code == 200
+
+
+def test_a_login_that_forgets_to_drop_its_rights_has_none(cluster, database_name, owner):
+    login = f"forgetful_{database_name}"
+    owner.execute("insert into sources (tenant_id, id, content) values ('acme', 'a', 'x')")
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        admin.execute(f"create role {login} login")
+        try:
+            passwords(cluster, login)
+            for statement in roles.statements(login):
+                admin.execute(statement.encode())
+            with psycopg.connect(cluster.url(database_name, login), autocommit=True) as forgetful:
+                for statement in (
+                    "select * from sources",
+                    "delete from sources",
+                    "update sources set content = 'y'",
+                    "insert into sources (tenant_id, id, content) values ('evil', 'b', 'x')",
+                    "select * from tenant_sources",
+                ):
+                    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                        forgetful.execute(statement)
+                forgetful.execute("set role pgrecall_worker")
+                assert forgetful.execute("select count(*) from sources").fetchone() == (1,)
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    forgetful.execute("delete from sources")
+        finally:
+            admin.execute(f"drop role {login}")
+
+
+async def test_start_up_refuses_a_login_that_inherits_the_workers_rights(settings, cluster, database_name):
+    login = f"heir_{database_name}"
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        admin.execute(f"create role {login} login")
+        try:
+            passwords(cluster, login)
+            admin.execute(f"grant pgrecall_app, pgrecall_worker to {login}")
+            refused = replace(settings, database_url=cluster.url(database_name, login))
+            with pytest.RaisesGroup(pytest.RaisesExc(Unsafe, match="has the rights of pgrecall_worker")):
+                async with create_app(refused).lifespan():
+                    pass
+            for statement in roles.statements(login):
+                admin.execute(statement.encode())
+            async with create_app(refused).lifespan():
+                pass
+        finally:
+            admin.execute(f"drop role {login}")
 
 
 def test_the_apps_role_sees_nothing_without_a_tenant(settings, owner):

@@ -4,7 +4,6 @@ Every transaction drops its rights first: it becomes the role `pgrecall_app` and
 ends, so that nothing is left on a pooled connection. Nobody but `Database.write` commits.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -178,22 +177,17 @@ async def _pipelined(
     # One round trip and one transaction: the connection is in autocommit mode, where PostgreSQL begins a transaction with
     # the first statement of a pipeline and ends it at the Sync that closes it. With its own BEGIN and in commit() psycopg
     # would wait for the server twice more (bench/drivers.py).
-    try:
-        async with connection.pipeline():
-            await connection.execute(
-                "select " + ", ".join("set_config(%s, %s, true)" for _ in config),
-                [part for pair in config.items() for part in pair],
-            )
-            cursors = []
-            for statement in statements:
-                cursor = connection.cursor(row_factory=dict_row, binary=True)
-                await cursor.execute(statement.sql, statement.values)
-                cursors.append(cursor)
-        return [await cursor.fetchall() for cursor in cursors]
-    except (psycopg.Error, asyncio.CancelledError):
-        if not connection.closed:
-            await connection.rollback()
-        raise
+    async with connection.pipeline():
+        await connection.execute(
+            "select " + ", ".join("set_config(%s, %s, true)" for _ in config),
+            [part for pair in config.items() for part in pair],
+        )
+        cursors = []
+        for statement in statements:
+            cursor = connection.cursor(row_factory=dict_row, binary=True)
+            await cursor.execute(statement.sql, statement.values)
+            cursors.append(cursor)
+    return [await cursor.fetchall() for cursor in cursors]
 
 
 class _Pool:
@@ -231,12 +225,13 @@ class _Pool:
                     connection = await _driver(pooled)
                     try:
                         return await _pipelined(connection, config, statements)
-                    except psycopg.OperationalError:
-                        if not connection.broken:
-                            raise
-                        self.suspect()
+                    except BaseException:
+                        # What psycopg believes of a pipeline that failed (prepared names, its mode) cannot be trusted.
+                        died = connection.broken
                         await pooled.invalidate()
-                        if last_try:
+                        if died:
+                            self.suspect()
+                        if not died or last_try:
                             raise
         raise DatabaseUnavailable  # pragma: no cover - the second try returns or raises
 

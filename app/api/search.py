@@ -17,6 +17,8 @@ from app.drafts import check_moment, check_range, check_text, check_vector
 from app.errors import BadInput
 from app.search import Conditions, Hit, Scan
 
+MAX_DOC_TYPES = 1_000
+
 TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
 # Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed.
 TopK = Annotated[
@@ -88,6 +90,8 @@ def conditions(
 ) -> Conditions:
     """The filters of a request. Raises BadInput naming the field at fault."""
     types = [doc_type] if isinstance(doc_type, str) else doc_type
+    if types is not None and len(types) > MAX_DOC_TYPES:
+        raise BadInput("doc_type", f"has {len(types):,} types; allowed: at most {MAX_DOC_TYPES:,}")
     for index, each in enumerate(types or ()):
         check_text("doc_type" if isinstance(doc_type, str) else f"doc_type[{index}]", each, 0, search.MAX_QUERY_BYTES)
     check_moment("created_after", created_after)

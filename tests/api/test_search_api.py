@@ -106,6 +106,7 @@ async def test_a_vector_of_ones_own_may_be_searched_with(client, corpus, openai)
         ({"query": None, "embedding": [0.0] * 64}, "embedding"),
         ({"doc_type": 5}, "doc_type"),
         ({"doc_type": ["a\0"]}, "doc_type[0]"),
+        ({"doc_type": ["x"] * 1_001}, "doc_type"),
         ({"metadata": {"a": {"$foo": 1}}}, "metadata.a.$foo"),
         ({"created_before": "2020-01-01T00:00:00"}, "created_before"),
         ({"created_after": "0001-01-01T00:00:00Z"}, "created_after"),

@@ -1,6 +1,7 @@
 """Transactions: one each, as one tenant, with nothing left on the connection whatever happened in them."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import psycopg
@@ -103,3 +104,28 @@ async def test_a_write_that_fails_leaves_nothing_and_one_that_ends_is_there(sing
     assert owner.execute("select count(*) from sources").fetchone() == (1,)
     ((row,),) = await single.fetch("umbra", [WHO])
     assert row["tenant"] == "umbra"
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+@pytest.mark.parametrize("delay", [0.0, 0.0005, 0.001, 0.05])
+async def test_a_pipeline_that_was_cut_short_poisons_nothing_that_follows(single, before, delay):
+    for _ in range(before):
+        await single.fetch("acme", [WHO])
+    asked = asyncio.create_task(single.fetch("acme", [SLEEP, WHO] if delay == 0.05 else [WHO]))
+    await asyncio.sleep(delay)
+    asked.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asked
+    for _ in range(6):
+        ((row,),) = await single.fetch("umbra", [WHO])
+        assert (row["role"], row["tenant"]) == ("pgrecall_app", "umbra")
+
+
+async def test_an_error_before_other_statements_poisons_nothing_that_follows(single):
+    bad = Statement("bad", "select 1 / %(n)s::int as q", {"n": 0})
+    for _ in range(5):
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await single.fetch("acme", [bad, WHO])
+    for _ in range(6):
+        ((row,),) = await single.fetch("umbra", [WHO])
+        assert row["tenant"] == "umbra"

@@ -1,6 +1,7 @@
 """The composition root: settings in, application out. The lifespan opens what handlers work with."""
 
 import importlib.util
+import inspect
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 from litestar import Litestar, Request, Router
 from litestar.di import Provide
+from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.static_files import create_static_files_router
@@ -21,7 +23,7 @@ from app.api.body import BodyGuard
 from app.api.paths import RawIds
 from app.api.service import Service
 from app.database import Database
-from app.errors import DatabaseUnavailable, SchemaTooOld, SetupError
+from app.errors import BadInput, DatabaseUnavailable, SchemaTooOld, SetupError
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,21 @@ def _service(request: Request[Any, Any, Any]) -> Service:
 
 
 async def _require_ready(request: Request[Any, Any, Any]) -> None:
+    _check_request(request)
     await _service(request).require_ready()
+
+
+def _check_request(request: Request[Any, Any, Any]) -> None:
+    # A misspelt filter must not widen a deletion, nor a second tenant_id overrule the one a proxy has looked at.
+    known = inspect.signature(request.route_handler.fn).parameters
+    for name in request.query_params:
+        if name not in known:
+            raise BadInput(name, "there is no such parameter on this route")
+        if name != "doc_type" and len(request.query_params.getall(name)) > 1:
+            raise BadInput(name, "is given more than once")
+    # A page of another site can send a body of any other type to a server on this machine.
+    if "data" in known and request.content_type[0] != "application/json":
+        raise HTTPException("the body must be application/json, and Content-Type say so", status_code=415)
 
 
 @asynccontextmanager

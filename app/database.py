@@ -4,7 +4,11 @@ Every transaction drops its rights first: it becomes the role `pgrecall_app` and
 ends, so that nothing is left on a pooled connection. Nobody but `Database.write` commits.
 """
 
+import asyncio
+import contextlib
 import logging
+import os
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -26,6 +30,9 @@ from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, TimedO
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
+
+GRACE = 2.0
+"""Seconds beyond PGRECALL_STATEMENT_TIMEOUT after which the server is not waited for any more."""
 
 IDLE_BEFORE_PING = 5.0
 """Seconds a pooled connection may lie idle and still be trusted without asking the server."""
@@ -190,6 +197,13 @@ async def _pipelined(
     return [await cursor.fetchall() for cursor in cursors]
 
 
+def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:
+    # statement_timeout does not run while the server waits for the rest of a message, and a cancelled psycopg waits for
+    # the server's answer: only the end of the connection ends that.
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
+
+
 class _Pool:
     """Connections to one server. Once one is found dead, all that are older are asked before they are used again."""
 
@@ -202,6 +216,7 @@ class _Pool:
             return connection
 
         self._suspected = float("-inf")
+        self._patience = settings.statement_timeout + GRACE
         self.engine = create_async_engine(
             "postgresql+psycopg://",
             async_creator=open_connection,
@@ -223,16 +238,21 @@ class _Pool:
             with translated():
                 async with self.engine.connect() as pooled:
                     connection = await _driver(pooled)
+                    deadline = asyncio.get_running_loop().call_later(self._patience, _hang_up, connection)
                     try:
                         return await _pipelined(connection, config, statements)
-                    except BaseException:
+                    except BaseException as error:
                         # What psycopg believes of a pipeline that failed (prepared names, its mode) cannot be trusted.
                         died = connection.broken
                         await pooled.invalidate()
+                        if died and deadline.when() <= asyncio.get_running_loop().time():
+                            raise TimedOut("the database did not answer in time") from error
                         if died:
                             self.suspect()
                         if not died or last_try:
                             raise
+                    finally:
+                        deadline.cancel()
         raise DatabaseUnavailable  # pragma: no cover - the second try returns or raises
 
     def _trust(self, dbapi_connection: Any, record: Any, _proxy: Any) -> None:

@@ -18,6 +18,7 @@ MAX_METADATA_DEPTH = 8
 MAX_DOC_TYPE_BYTES = 128
 MAX_TITLE_BYTES = 1_000
 MAX_ID_BYTES = 512
+SHORTEST, LONGEST = 1e-9, 1e9
 # A year from either end of what Python holds: no time zone moves such a moment out of it.
 EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)
@@ -111,6 +112,11 @@ def check_vector(
     if not np.isfinite(vector).all():
         at = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise BadInput(f"{name}[{at}]", "is not a finite single-precision number")
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    if vector.any() and not SHORTEST <= length <= LONGEST:
+        raise BadInput(
+            name, f"has length {length:.3g}; allowed: {SHORTEST:g} to {LONGEST:g}, or its cosine is lost to rounding"
+        )
     if not vector.any():
         raise BadInput(name, "is zero, which has no direction; allowed: any other vector")
     return vector

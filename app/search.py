@@ -126,12 +126,14 @@ async def search(
     if rows[0]["candidates"] <= settings.exact_rows:
         return Found(_hits(rows), Scan("exact"))
     rows = await _rows(database, tenant_id, nearest.with_values("nearest", values), index_config(settings, top_k))
-    if rows[0]["candidates"] >= top_k:
-        return Found(_hits(rows), Scan("index"))
+    hits = _hits(rows)
+    # Fewer than top_k above the threshold may be all there are, or all the index found: only measuring them all tells.
+    if rows[0]["candidates"] >= top_k and (threshold is None or len(hits) == top_k):
+        return Found(hits, Scan("index"))
     try:
         rows = await _rows(database, tenant_id, exact.with_values("exact", values), EXACT)
     except TimedOut:
-        return Found(_hits(rows), Scan("index", full=False))
+        return Found(hits, Scan("index", full=False))
     return Found(_hits(rows), Scan("exact", completed=True))
 
 

@@ -93,6 +93,9 @@ def _too_deep(_: RecursionError) -> ProblemDetailsException:
 
 
 def _unexpected(error: Exception) -> ProblemDetailsException:
+    if isinstance(error, ValueError) and str(error).endswith("is out of range"):
+        # msgspec takes a number for a moment and lets datetime's complaint through.
+        return _ours(errors.BadInput("", f"a moment's {error}; allowed: ISO 8601 such as 2026-01-31T12:00:00Z"))
     log.error("unexpected error", exc_info=error)
     return ProblemDetailsException(
         status_code=HTTPStatus.INTERNAL_SERVER_ERROR,

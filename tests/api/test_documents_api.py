@@ -150,6 +150,9 @@ async def test_a_batch_has_at_most_1000_items(client):
         ({"doc_type": "x" * 129}, 413, "doc_type"),
         ({"created_at": "2020-01-01T00:00:00"}, 400, "created_at"),
         ({"created_at": "yesterday"}, 400, "created_at"),
+        ({"created_at": 253402300800}, 400, None),
+        ({"embedding": [1e18] * 64}, 400, "embedding"),
+        ({"embedding": [1e-30] * 64}, 400, "embedding"),
         ({"created_at": "0001-01-01T00:00:00+14:00"}, 400, "created_at"),
         ({"created_at": "9999-12-31T23:59:59-12:00"}, 400, "created_at"),
         ({"embedding": [1.0]}, 400, "embedding"),
@@ -242,10 +245,25 @@ async def test_pages_are_keyset_and_filters_apply(client):
         ({"created_after": "soon"}, "created_after"),
         ({"created_after": "2020-01-01T00:00:00"}, "created_after"),
         ({"after": "\0"}, "after"),
+        ({"created_befor": "2020-01-01T00:00:00Z"}, "created_befor"),
+        ({"tenant_id": ["acme", "umbra"]}, "tenant_id"),
     ],
 )
 async def test_bad_parameters_are_named(client, params, field):
     assert_problem(await client.get("/documents", params={"tenant_id": "acme"} | params), 400, field=field)
+
+
+async def test_a_misspelt_filter_deletes_nothing(client):
+    await put(client, doc_type="t1")
+    params = {"tenant_id": "acme", "doc_type": "t1", "created_befor": "2000-01-01T00:00:00Z"}
+    assert_problem(await client.delete("/documents", params=params), 400, field="created_befor")
+    assert (await client.get("/documents/faq%2F1", params={"tenant_id": "acme"})).status_code == 200
+
+
+async def test_a_body_that_does_not_say_it_is_json_is_refused(client):
+    body = b'{"tenant_id": "acme", "content": "x"}'
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        assert_problem(await client.put("/documents/a", content=body, headers={"content-type": kind}), 415)
 
 
 async def test_the_tenant_is_required_everywhere(client):

@@ -236,12 +236,14 @@ async def test_when_the_time_limit_forbids_completing_the_answer_says_so(databas
     assert 0 < len(found.hits) < 50
 
 
-async def test_threshold_cuts_and_does_not_make_a_scan_short(database, settings):
+async def test_threshold_cuts_and_what_it_leaves_is_complete(database, settings):
     every = await search.search(database, settings, "large", vectors(1, 5)[0], top_k=20)
     threshold = every.hits[7].similarity
     some = await search.search(database, settings, "large", vectors(1, 5)[0], top_k=20, threshold=threshold)
     assert [hit.id for hit in some.hits] == [hit.id for hit in every.hits[:8]]
-    assert not some.scan.completed
+    assert some.scan.completed
+    full = await search.search(database, settings, "large", vectors(1, 5)[0], top_k=5, threshold=threshold)
+    assert full.scan == search.Scan("index")
     none = await search.search(database, settings, "large", vectors(1, 5)[0], top_k=20, threshold=1.0)
     assert none.hits == []
 

@@ -26,10 +26,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app import roles
-from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, TimedOut
+from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, TimedOut, Unavailable
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
+
+IN_THE_WAY = frozenset({"40001", "40P01", "55P03"})
+"""SQLSTATEs of a statement that another transaction got the better of: serialisation, deadlock, lock not to be had."""
 
 GRACE = 2.0
 """Seconds beyond PGRECALL_STATEMENT_TIMEOUT after which the server is not waited for any more."""
@@ -299,6 +302,8 @@ def _ours(error: BaseException | None) -> BaseException:
             return TimedOut("the database did not finish within PGRECALL_STATEMENT_TIMEOUT")
         case psycopg.errors.TooManyConnections():
             return PoolExhausted("the database accepts no more connections; try again")
+        case psycopg.errors.DatabaseError() if error.sqlstate in IN_THE_WAY:
+            return Unavailable("other work was in the way; try again")
         case psycopg.errors.ReadOnlySqlTransaction():
             return DatabaseUnavailable("the database takes no writes now; try again")
         case psycopg.errors.OperationalError() if error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "53"):

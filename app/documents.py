@@ -57,8 +57,11 @@ def listing(conditions: Conditions, *, after: bool) -> Select[Any]:
 
 def removal(conditions: Conditions) -> Delete:
     """Documents that satisfy the conditions, chunks and all. Parameters: those of `where`."""
-    matching = select(tenant_sources.c.id).where(*where(conditions, tenant_sources))
-    return delete(sources).where(sources.c.tenant_id == _tenant, sources.c.id.in_(matching))
+    # Locked first, in the order of the ids as batches do, and by conditions that are looked at again after each wait.
+    locked = (
+        select(sources.c.id).where(*where(conditions, sources)).order_by(sources.c.id).with_for_update().cte("locked")
+    )
+    return delete(sources).where(sources.c.tenant_id == _tenant, sources.c.id.in_(select(locked.c.id)))
 
 
 _GET = rendered(GET)

@@ -88,8 +88,8 @@ def provided(settings: Settings) -> Iterator[Settings]:
         ready = msgspec.structs.replace(settings, database_url=database.service_url, migration_url=database.owner_url)
         if not is_current(ready):
             migrate(ready)
-            with connect(database.owner_url) as connection:
-                connection.execute(local.ADMIT_ANALYST, (local.ANALYST,))
+        with connect(database.owner_url) as connection:
+            connection.execute(local.ADMIT_ANALYST, (local.ANALYST,))
         yield ready
     finally:
         database.close()

@@ -161,10 +161,11 @@ class _Stored(NamedTuple):
     embedding_origin: str
     embedding_model: str | None
 
-    def reusable(self, plan: _Plan) -> set[str]:
-        """Chunks whose rows can stay: same text, same model, embedded here."""
-        same_space = self.embedding_origin == plan.origin == "pgrecall" and self.embedding_model == plan.model
-        return set(self.chunk_keys) if same_space and self.state == "ready" else set()
+    def reusable(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None = None) -> set[str]:
+        """Chunks whose rows can stay: same text, same model, and embedded here or brought again as it is stored."""
+        same_space = self.embedding_origin == plan.origin and self.embedding_model == plan.model
+        same_vector = plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding))
+        return set(self.chunk_keys) if same_space and same_vector and self.state == "ready" else set()
 
     def matches(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None) -> bool:
         """Whether writing the plan would change nothing. `embedding`: the stored vector of a document that brought one."""
@@ -323,7 +324,7 @@ async def _write(
         if before and before.matches(plan, own.get(plan.draft.id)):
             outcomes.append(Outcome(plan.draft.id, "unchanged", before.version, reused=len(plan.chunks)))
         else:
-            outcomes.append(_difference(rows, tenant_id, plan, before, vectors, now))
+            outcomes.append(_difference(rows, tenant_id, plan, before, own.get(plan.draft.id), vectors, now))
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),
@@ -349,12 +350,13 @@ def _difference(
     tenant_id: str,
     plan: _Plan,
     before: _Stored | None,
+    embedding: npt.NDArray[np.float32] | None,
     vectors: Mapping[str, npt.NDArray[np.float32]],
     now: datetime,
 ) -> Outcome:
     """Add to `rows` what turns the stored document into the planned one. `before` None: its source has just been made."""
     draft = plan.draft
-    kept = before.reusable(plan) & {chunk.key for chunk in plan.chunks} if before else set()
+    kept = before.reusable(plan, embedding) & {chunk.key for chunk in plan.chunks} if before else set()
     labels = {
         "doc_type": draft.doc_type,
         "metadata": draft.metadata,

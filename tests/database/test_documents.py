@@ -180,6 +180,15 @@ class TestOwnVectors:
             True,
         )
 
+    async def test_keep_their_row_when_metadata_alone_changes(self, write, owner):
+        await write(Draft("a", "text", embedding=self.vector))
+        (outcome,) = await write(Draft("a", "text", embedding=self.vector, metadata={"v": 2}))
+        assert (outcome.status, outcome.embedded, outcome.reused, outcome.removed) == ("updated", 0, 1, 0)
+        assert owner.execute("select metadata, embedding::text like '[1,2,3,%' from documents").fetchone() == (
+            {"v": 2},
+            True,
+        )
+
     async def test_give_way_to_ours_and_back(self, write, owner):
         await write(Draft("a", "text", embedding=self.vector))
         assert (await write(Draft("a", "text")))[0].embedded == 1

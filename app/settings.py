@@ -1,6 +1,7 @@
 """Every setting, typed and read once; the only reader of the environment."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -199,6 +200,8 @@ def masked(field: str, value: Any) -> Any:
         return value
     if field in SECRET:
         return "********"
+    if "url" in field:
+        value = re.sub(r"([?&]password=)[^&]*", r"\1********", value)
     if "url" in field and "@" in value:
         parts = urlsplit(value)
         user, _, password = parts.netloc.rpartition("@")[0].partition(":")

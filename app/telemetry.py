@@ -49,8 +49,9 @@ def _secrets(settings: Settings) -> Iterator[str]:
         if name in SECRET and value:
             yield value
         elif "url" in name and value:
-            password = urlsplit(value).password or ""
-            yield from (password, unquote(password))
+            parts = urlsplit(value)
+            for password in (parts.password or "", *re.findall(r"(?:^|&)password=([^&]*)", parts.query)):
+                yield from (password, unquote(password))
 
 
 class Lines(logging.Formatter):

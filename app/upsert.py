@@ -6,6 +6,7 @@ chunk that is gone loses its row. Vectors are computed before a connection is ta
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -186,7 +187,13 @@ def _same(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(_same, left, right))
-    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
+    if isinstance(left, bool) != isinstance(right, bool):
+        return False
+    if isinstance(left, int | float) and isinstance(right, int | float) and float in (type(left), type(right)):
+        # jsonb gives 1e23 back as the whole number 10^23, which is not what the float is to the last digit.
+        with contextlib.suppress(OverflowError):
+            left, right = float(left), float(right)
+    return bool(left == right)
 
 
 _ids = bindparam("ids", type_=ARRAY(Text))

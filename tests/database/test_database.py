@@ -129,3 +129,12 @@ async def test_an_error_before_other_statements_poisons_nothing_that_follows(sin
     for _ in range(6):
         ((row,),) = await single.fetch("umbra", [WHO])
         assert row["tenant"] == "umbra"
+
+
+async def test_a_server_that_does_not_answer_is_not_waited_for(settings):
+    hasty = Database(replace(settings, pool_size=1, statement_timeout=0.1), settings.database_url)
+    with pytest.raises(TimedOut):
+        await hasty.fetch("acme", [SLEEP], {"statement_timeout": "0"})
+    ((row,),) = await hasty.fetch("umbra", [WHO])
+    assert row["tenant"] == "umbra"
+    await hasty.close()

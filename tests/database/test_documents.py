@@ -60,7 +60,7 @@ async def test_a_new_document_is_created_and_can_be_read_back_to_the_character(w
 
 
 async def test_the_same_document_again_writes_nothing_and_asks_the_model_nothing(write, owner, openai):
-    draft = Draft("a", PROSE, metadata={"n": 1, "f": 1e22, "deep": {"x": [1, True, None]}})
+    draft = Draft("a", PROSE, metadata={"n": 1, "f": 1e22, "g": 1e23, "h": 1e308, "deep": {"x": [1, True, None]}})
     await write(draft)
     before, calls = owner.execute("select xmin::text, updated_at from sources").fetchall(), len(openai.calls)
     (outcome,) = await write(draft)

@@ -68,6 +68,7 @@ def test_secrets_are_masked():
     assert settings.masked("openai_api_key", "sk-123") == "********"
     assert settings.masked("database_url", "postgresql://u:pw@h:5/d?x=1") == "postgresql://u:********@h:5/d?x=1"
     assert settings.masked("database_url", "postgresql://u@h/d") == "postgresql://u@h/d"
+    assert settings.masked("database_url", "postgresql://h/d?user=u&password=pw&x=1").endswith("&password=********&x=1")
     assert settings.masked("pool_size", 3) == 3
 
 

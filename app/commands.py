@@ -31,12 +31,13 @@ from app import (
     terminal,
     upsert,
 )
+from app.conditions import Conditions
 from app.database import Database, connect
 from app.drafts import Draft, check
 from app.embedding import Embedder
 from app.errors import BadInput, SetupError, WrongSetting
 from app.files import Unreadable
-from app.search import Conditions, Found
+from app.search import Found
 from app.settings import Settings
 
 BATCH_CHARACTERS = 20_000

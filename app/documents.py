@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Delete, Integer, Select, Text, bindparam, delete, select
 
+from app.conditions import Conditions, where, where_values
 from app.database import Database, rendered
 from app.errors import BadInput, NotFound, VersionConflict
-from app.search import Conditions, where, where_values
 from app.tables import sources, tenant_sources
 
 _tenant = bindparam("tenant_id", type_=Text)

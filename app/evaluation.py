@@ -151,7 +151,7 @@ async def nearest_documents(
     """
     top_k = 2 * k
     while True:
-        hits, scan = await search.search(database, settings, tenant_id, embedding, top_k=top_k)
+        hits, scan, _ = await search.search(database, settings, tenant_id, embedding, top_k=top_k)
         if not scan.full:
             raise TimedOut(
                 "a search ran into its time limit, figures would be too low; raise PGRECALL_STATEMENT_TIMEOUT"

@@ -23,7 +23,7 @@ from app.settings import Settings
 VERSION_TABLE = "pgrecall_revision"
 """Alembic's table, under a name that leaves a team's own Alembic in the same database alone."""
 
-REQUIRED = "0001"
+REQUIRED = "0003"
 """The oldest revision this release works on. Revisions are numbered, so newer ones compare as greater."""
 
 _INI = Path(__file__).resolve().parent.parent / "alembic.ini"

@@ -5,13 +5,14 @@ the policies and the grants. Reads go through the tenant views, writes to the ta
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     ARRAY,
     BigInteger,
     CheckConstraint,
     Column,
+    ColumnElement,
     Computed,
     DateTime,
     ForeignKeyConstraint,
@@ -25,10 +26,12 @@ from sqlalchemy import (
     Text,
     cast,
     func,
+    literal_column,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
+from sqlalchemy.dialects.postgresql import BIT, JSONB, TSVECTOR
 from sqlalchemy.dialects.postgresql.base import ischema_names
+from sqlalchemy.sql.elements import Grouping
 from sqlalchemy.types import Float, TypeEngine, UserDefinedType
 
 INDEXED_AS_VECTOR = 2_000
@@ -234,16 +237,63 @@ Index("documents_tenant_id_idx", documents.c.tenant_id)
 Index("documents_doc_type_idx", documents.c.tenant_id, documents.c.doc_type)
 Index("documents_created_at_idx", documents.c.tenant_id, documents.c.created_at)
 Index(
-    "documents_metadata_idx",
+    "documents_labels_idx",
     documents.c.tenant_id,
+    documents.c.doc_type,
     documents.c.metadata,
     postgresql_using="gin",
     postgresql_ops={"metadata": "jsonb_path_ops"},
 )
 Index("documents_terms_idx", documents.c.tenant_id, documents.c.terms, postgresql_using="gin")
 
-EMBEDDING_INDEX = "documents_embedding_idx"
-"""The HNSW index. Whether it is over `vector` or half precision depends on this database's dimensions."""
+Kind = Literal["full", "half", "binary"]
+"""Precision of an HNSW index: of `embedding` as it is stored, as halfvec, or of the signs of its components."""
+
+BUCKETS = 16
+"""HNSW indexes that share the tenants among them: a tenant's rows are all in one."""
+
+
+def bucket_of(tenant_id: ColumnElement[Any]) -> ColumnElement[int]:
+    """Which of the BUCKETS a tenant is in. PostgreSQL keeps this hash the same for ever: hash partitions depend on it."""
+    hashed = func.hashtextextended(tenant_id, literal_column("0"))
+    return Grouping(hashed.op("&", return_type=BigInteger())(literal_column(str(BUCKETS - 1))))
+
+
+def indexed(vector: ColumnElement[Any], kind: Kind, dimensions: int) -> ColumnElement[Any]:
+    """What an index of this kind holds of a vector."""
+    match kind:
+        case "full":
+            return vector
+        case "half":
+            return cast(vector, HalfVector(dimensions))
+        case "binary":
+            return cast(func.binary_quantize(vector), BIT(dimensions))
+
+
+_OPERATORS: dict[Kind, str] = {"full": "vector_cosine_ops", "half": "halfvec_cosine_ops", "binary": "bit_hamming_ops"}
+
+
+def embedding_indexes(kind: Kind) -> list[str]:
+    """Names of the HNSW indexes of a kind, one a bucket."""
+    return [f"documents_embedding_{kind}_{bucket:02}_idx" for bucket in range(BUCKETS)]
+
+
+vector_indexes = Table(
+    "vector_indexes",
+    metadata,
+    Column("kind", Text, nullable=False, comment="full, half (half precision) or binary (one bit a dimension)."),
+    Column("state", Text, nullable=False, comment="active: searched. building: being made. retired: to be dropped."),
+    Column(
+        "oversampling", Float, nullable=False, comment="Candidates taken from the index for each hit, then measured by the stored vectors."
+    ),
+    _moment("created_at", comment="When it was asked for."),
+    PrimaryKeyConstraint("kind"),
+    CheckConstraint("kind in ('full', 'half', 'binary')", name="kind"),
+    CheckConstraint("state in ('active', 'building', 'retired')", name="state"),
+    CheckConstraint("oversampling between 1 and 100", name="oversampling"),
+    comment="The kinds of HNSW index over documents.embedding. Exactly one is active.",
+)
+Index("vector_indexes_active_idx", vector_indexes.c.state, unique=True, postgresql_where=text("state = 'active'"))
 
 embedding_cache = Table(
     "embedding_cache",
@@ -277,22 +327,26 @@ tenant_sources = Table("tenant_sources", views, *(Column(c.name, c.type) for c i
 tenant_documents = Table("tenant_documents", views, *(Column(c.name, c.type) for c in documents.columns))
 
 
-def metadata_for(dimensions: int) -> MetaData:
-    """The tables of a database whose embeddings have this many dimensions, HNSW index included.
+def default_kind(dimensions: int) -> Kind:
+    """The precision of a new database's index."""
+    return "full" if dimensions <= INDEXED_AS_VECTOR else "half"
 
-    Above 2,000 dimensions the index is over `embedding::halfvec(n)`: pgvector indexes `vector` no further.
-    """
+
+def metadata_for(dimensions: int, kind: Kind | None = None) -> MetaData:
+    """The tables of a database whose embeddings have this many dimensions, HNSW indexes included."""
     target = MetaData(naming_convention=metadata.naming_convention)
     for table in metadata.sorted_tables:
         table.to_metadata(target)
-    column = target.tables["documents"].c.embedding
-    column.type = Vector(dimensions)
-    half = dimensions > INDEXED_AS_VECTOR
-    Index(
-        EMBEDDING_INDEX,
-        cast(column, HalfVector(dimensions)).label("embedding") if half else column,
-        postgresql_using="hnsw",
-        postgresql_with={"m": "16", "ef_construction": "64"},
-        postgresql_ops={"embedding": "halfvec_cosine_ops" if half else "vector_cosine_ops"},
-    )
+    documents = target.tables["documents"]
+    documents.c.embedding.type = Vector(dimensions)
+    kind = kind or default_kind(dimensions)
+    for bucket, name in enumerate(embedding_indexes(kind)):
+        Index(
+            name,
+            indexed(documents.c.embedding, kind, dimensions).label("embedding"),
+            postgresql_using="hnsw",
+            postgresql_with={"m": "16", "ef_construction": "64"},
+            postgresql_ops={"embedding": _OPERATORS[kind]},
+            postgresql_where=bucket_of(documents.c.tenant_id) == literal_column(str(bucket)),
+        )
     return target

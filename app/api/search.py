@@ -13,9 +13,10 @@ from msgspec import Meta, Struct
 from app import filters, search, tenants
 from app.api import problems
 from app.api.service import Service
+from app.conditions import Conditions
 from app.drafts import check_moment, check_range, check_text, check_vector
 from app.errors import BadInput
-from app.search import Conditions, Hit, Scan
+from app.search import Hit, Scan
 
 MAX_DOC_TYPES = 1_000
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from app import cache, documents, filters
 from app.drafts import Draft
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, VersionConflict
-from app.search import Conditions
+from app.conditions import Conditions
 from app.upsert import put
 
 PROSE = " ".join(

@@ -11,10 +11,10 @@ from msgspec.structs import replace
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from app import filters, roles, search
+from app import filters, layout, roles, scans, search
 from app.database import Database, rendered
 from app.local import OWNER, SERVICE
-from app.search import Conditions
+from app.conditions import Conditions
 from tests.conftest import DIMENSIONS, Cluster, cloned, settings_for
 
 SIZES = {"small": 60, "middle": 1_500, "large": 12_000}
@@ -33,7 +33,11 @@ def vectors(count: int, seed: int) -> np.ndarray:
 def corpus(cluster: Cluster, template: str) -> Iterator[str]:
     """A database with tenants of three sizes; its name."""
     with cloned(cluster, template) as name, psycopg.connect(cluster.url(name, OWNER), autocommit=True) as owner:
-        owner.execute("drop index documents_embedding_idx")
+        indexes = owner.execute(
+            "select indexname, indexdef from pg_indexes where tablename = 'documents' and indexdef like '%hnsw%'"
+        ).fetchall()
+        for index, _ in indexes:
+            owner.execute(f"drop index {index}")
         for tenant, count in SIZES.items():
             owner.execute(
                 "insert into sources (tenant_id, id, content, chunk_keys, start_offsets, state) "
@@ -55,10 +59,8 @@ def corpus(cluster: Cluster, template: str) -> Iterator[str]:
                             "[" + ",".join(map(str, vector)) + "]",
                         )
                     )
-        owner.execute(
-            "create index documents_embedding_idx on documents using hnsw (embedding vector_cosine_ops) "
-            "with (m = 16, ef_construction = 64)"
-        )
+        for _, definition in indexes:
+            owner.execute(definition)
         owner.execute("vacuum analyze documents")
         owner.execute("vacuum analyze sources")
         yield name
@@ -85,13 +87,14 @@ def owner(cluster, corpus):
 def explain(settings, kind, tenant, conditions=None, top_k=10):
     """The plan of one statement as the service runs it: its role, its tenant, its settings."""
     conditions = conditions or Conditions()
-    statement = search.build(kind, conditions, thresholded=False, dimensions=DIMENSIONS)
+    statement = scans.build(kind, conditions, scans.Wanted(DIMENSIONS))
     values = search.where_values(tenant, conditions) | {
         "embedding": "[" + ",".join(map(str, vectors(1, 99)[0])) + "]",
         "top_k": top_k,
         "bound": settings.exact_rows + 1,
+        "candidates": 4 * top_k,
     }
-    config = search.index_config(settings, top_k) if kind == "nearest" else search.EXACT
+    config = scans.index_config(settings.ef_search, 4 * top_k) if kind == "nearest" else scans.EXACT
     with psycopg.connect(settings.database_url) as connection:
         for name, value in ({"role": roles.APP, "pgrecall.tenant_id": tenant} | config).items():
             connection.execute("select set_config(%s, %s, true)", (name, value))
@@ -111,6 +114,11 @@ def indexes(plan, *, ran=True):
     return {n["Index Name"] for n in nodes(plan) if "Index Name" in n and (not ran or n["Actual Loops"] > 0)}
 
 
+def walked(plan):
+    """The walks over an HNSW index, even those that did not run."""
+    return [n for n in nodes(plan) if n.get("Index Name", "").startswith("documents_embedding_")]
+
+
 @pytest.mark.parametrize("tenant", ["small", "middle", "large"])
 def test_counting_stops_at_the_bound_and_reads_the_index_only(settings, tenant):
     plan = explain(settings, "few", tenant)
@@ -122,7 +130,7 @@ def test_counting_stops_at_the_bound_and_reads_the_index_only(settings, tenant):
 
 def test_a_small_tenant_is_measured_exactly_through_a_tenant_index(settings):
     plan = explain(settings, "few", "small")
-    assert "documents_embedding_idx" not in indexes(plan, ran=False)
+    assert not walked(plan)
     assert not [n for n in nodes(plan) if n["Node Type"] == "Seq Scan" and n.get("Relation Name") == "documents"]
 
 
@@ -135,23 +143,22 @@ def test_above_the_bound_the_exact_branch_does_not_run(settings, tenant):
 
 
 @pytest.mark.parametrize("tenant", ["middle", "large"])
-def test_above_the_bound_the_hnsw_index_is_walked(settings, tenant):
+def test_above_the_bound_the_hnsw_index_of_the_tenants_bucket_is_walked(settings, tenant):
     plan = explain(settings, "nearest", tenant)
-    assert "documents_embedding_idx" in indexes(plan)
-    walked = next(n for n in nodes(plan) if n.get("Index Name") == "documents_embedding_idx")
-    assert walked["Actual Rows"] == 10
+    (walk,) = walked(plan)
+    assert walk["Actual Rows"] == 40
 
 
 def test_the_exact_statement_never_touches_the_approximate_index(settings):
     for tenant in SIZES:
-        assert "documents_embedding_idx" not in indexes(explain(settings, "exact", tenant), ran=False)
+        assert not walked(explain(settings, "exact", tenant))
 
 
 @pytest.mark.parametrize(
     ("conditions", "index"),
     [
-        (Conditions(metadata=filters.parse({"n": 17})), "documents_metadata_idx"),
-        (Conditions(metadata=filters.parse({"n": {"$in": [3, 5]}})), "documents_metadata_idx"),
+        (Conditions(metadata=filters.parse({"n": 17})), "documents_labels_idx"),
+        (Conditions(metadata=filters.parse({"n": {"$in": [3, 5]}})), "documents_labels_idx"),
         (Conditions(doc_types=("none",)), "documents_doc_type_idx"),
     ],
 )
@@ -208,8 +215,8 @@ async def test_results_agree_with_a_plain_exact_query(database, settings, owner,
 
 
 async def test_an_index_scan_that_ends_short_is_completed_exactly(database, settings, owner, monkeypatch):
-    config = search.index_config(settings, 10) | {"hnsw.iterative_scan": "off", "hnsw.ef_search": "10"}
-    monkeypatch.setattr(search, "index_config", lambda *_: config)
+    config = scans.index_config(100, 10) | {"hnsw.iterative_scan": "off", "hnsw.ef_search": "10"}
+    monkeypatch.setattr(scans, "index_config", lambda *_: config)
     impatient = replace(settings, exact_rows=100)
     conditions = Conditions(metadata=filters.parse({"lang": "de"}))
     found = await search.search(database, impatient, "large", vectors(1, 5)[0], top_k=50, conditions=conditions)
@@ -219,8 +226,8 @@ async def test_an_index_scan_that_ends_short_is_completed_exactly(database, sett
 
 
 async def test_when_the_time_limit_forbids_completing_the_answer_says_so(database, settings, monkeypatch):
-    config = search.index_config(settings, 10) | {"hnsw.iterative_scan": "off", "hnsw.ef_search": "100"}
-    monkeypatch.setattr(search, "index_config", lambda *_: config)
+    config = scans.index_config(100, 10) | {"hnsw.iterative_scan": "off", "hnsw.ef_search": "100"}
+    monkeypatch.setattr(scans, "index_config", lambda *_: config)
     original = database.fetch
 
     async def cut_short(tenant, statements, config=None, **options):
@@ -232,7 +239,7 @@ async def test_when_the_time_limit_forbids_completing_the_answer_says_so(databas
     impatient = replace(settings, exact_rows=100)
     conditions = Conditions(metadata=filters.parse({"lang": "de"}))
     found = await search.search(database, impatient, "large", vectors(1, 5)[0], top_k=50, conditions=conditions)
-    assert found.scan == search.Scan("index", full=False)
+    assert found.scan == search.Scan("index", full=False, kind="full")
     assert 0 < len(found.hits) < 50
 
 
@@ -241,9 +248,8 @@ async def test_threshold_cuts_and_what_it_leaves_is_complete(database, settings)
     threshold = every.hits[7].similarity
     some = await search.search(database, settings, "large", vectors(1, 5)[0], top_k=20, threshold=threshold)
     assert [hit.id for hit in some.hits] == [hit.id for hit in every.hits[:8]]
-    assert some.scan.completed
     full = await search.search(database, settings, "large", vectors(1, 5)[0], top_k=5, threshold=threshold)
-    assert full.scan == search.Scan("index")
+    assert full.scan == search.Scan("index", kind="full")
     none = await search.search(database, settings, "large", vectors(1, 5)[0], top_k=20, threshold=1.0)
     assert none.hits == []
 
@@ -263,7 +269,7 @@ async def test_ties_are_broken_by_id_and_every_call_gives_the_same_order(databas
         assert [hit.id for hit in found.hits] == [f"d{n}" for n in range(10, 22)]
 
 
-async def test_a_search_is_one_round_trip_for_a_small_tenant_and_two_for_a_large_one(database, settings, monkeypatch):
+async def test_a_search_is_one_statement_for_a_small_tenant_and_for_a_large_one_that_is_known(database, settings, monkeypatch):
     asked = []
     original = database.fetch
 
@@ -274,7 +280,8 @@ async def test_a_search_is_one_round_trip_for_a_small_tenant_and_two_for_a_large
     monkeypatch.setattr(database, "fetch", counted)
     await search.search(database, settings, "small", vectors(1, 5)[0])
     await search.search(database, settings, "large", vectors(1, 5)[0])
-    assert asked == [["few"], ["few"], ["nearest"]]
+    await search.search(database, settings, "large", vectors(1, 6)[0])
+    assert asked == [["few"], ["few"], ["nearest"], ["nearest"]]
 
 
 async def test_the_vector_travels_in_binary(database, settings):

@@ -1,0 +1,164 @@
+"""The vector leg: how the chunks nearest to a vector are found, each way one statement, built apart from being run.
+
+    few      measures up to `bound` rows that pass the filter; if there are no more, that is the exact answer.
+    nearest  walks the HNSW index of the tenant's bucket, filtering as it goes (pgvector's iterative scan), takes
+             `candidates` rows in the index's order and measures those again with the stored vectors.
+    exact    measures every row that passes.
+
+All give the same columns, `candidates` among them (how many rows were measured; for `few` how many were counted, up to
+the bound), and compare the threshold after the top k are found.
+
+A tenant's rows are all in one *bucket*, one of BUCKETS partial HNSW indexes: in a graph of the whole table a tenant of
+1 % is one node in a hundred, in its bucket it is one in six. docs/search.md has the figures.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Float,
+    FromClause,
+    Integer,
+    Select,
+    Text,
+    bindparam,
+    func,
+    literal,
+    select,
+    true,
+)
+
+from app.conditions import Conditions, where
+from app.tables import Kind, Vector, bucket_of, indexed, tenant_documents, tenant_sources
+
+Strategy = Literal["few", "nearest", "exact"]
+
+MAX_EF_SEARCH = 1_000
+"""pgvector takes no more; nor can more candidates come out of one walk at full quality."""
+
+EXACT = {"plan_cache_mode": "force_custom_plan", "jit": "off", "max_parallel_workers_per_gather": "0"}
+"""A generic plan for the average tenant turns 5 ms into 127 ms (DESIGN §2)."""
+
+
+class Wanted(NamedTuple):
+    """What a statement is built for; statements of equal wants have the same text."""
+
+    dimensions: int
+    kind: Kind = "full"
+    thresholded: bool = False
+    grouped: bool = False  # the best chunk of each document
+    vectors: bool = False  # the vectors come along
+
+
+def index_config(ef_search: int, candidates: int) -> dict[str, str]:
+    """Settings under which the planner can only order by the HNSW index, and the index goes on until it has enough."""
+    return EXACT | {
+        "hnsw.iterative_scan": "relaxed_order",
+        "hnsw.ef_search": str(min(max(ef_search, candidates), MAX_EF_SEARCH)),
+        "enable_sort": "off",
+    }
+
+
+def build(strategy: Strategy, conditions: Conditions, wanted: Wanted) -> Select[Any]:
+    """One of the three statements. Its parameters: embedding, top_k, candidates (nearest), bound (few), threshold, `where`'s."""
+    near, size = leg(strategy, conditions, wanted)
+    return shown(near, size, wanted)
+
+
+def leg(strategy: Strategy, conditions: Conditions, wanted: Wanted, limit: str = "top_k") -> tuple[CTE, CTE]:
+    """The `limit` nearest as (id, chunk_key, distance) and, apart, how many `candidates` there were."""
+    chunk = tenant_documents
+    passes = where(conditions)
+    distance = chunk.c.embedding.cosine_distance(_query(wanted))
+    bound = bindparam("bound", type_=Integer)
+    if strategy == "nearest":
+        walked = select(chunk.c.id, chunk.c.chunk_key, distance.label("distance")).where(*passes, _in_bucket())
+        walked = walked.order_by(_by_index(wanted)).limit(bindparam("candidates", type_=Integer))
+        near = walked.cte("near").prefix_with("MATERIALIZED")
+        return _best(near, near.c.distance + literal(0.0), wanted, limit), _size(near)
+    # "+ 0" keeps the index away: it is approximate. Shown and sorted by the same expression, it is computed once.
+    measured = select(chunk.c.id, chunk.c.chunk_key, (distance + literal(0.0)).label("distance")).where(*passes)
+    if strategy == "exact":
+        every = measured.subquery("near")
+        hit = _best(every, every.c.distance, wanted, limit)
+        return hit, _size(hit)
+    if conditions.metadata is None:
+        # An index alone tells how many there are.
+        size = _size(select(literal(1).label("one")).select_from(chunk).where(*passes).limit(bound).subquery("counted"))
+        every = measured.where(_fewer(size, bound)).subquery("near")
+        return _best(every, every.c.distance, wanted, limit), size
+    # Only the rows themselves tell which of them pass: they are measured in the same visit.
+    near = measured.limit(bound).cte("near").prefix_with("MATERIALIZED")
+    size = _size(near)
+    return _best(near, near.c.distance, wanted, limit, _fewer(size, bound)), size
+
+
+def _size(counted: FromClause) -> CTE:
+    return select(func.count().label("candidates")).select_from(counted).cte("size").prefix_with("MATERIALIZED")
+
+
+def _fewer(size: CTE, bound: ColumnElement[int]) -> ColumnElement[bool]:
+    return select(size.c.candidates).scalar_subquery() < bound
+
+
+def _best(
+    near: FromClause, distance: ColumnElement[Any], wanted: Wanted, limit: str, *conditions: ColumnElement[bool]
+) -> CTE:
+    """The first `limit` of `near`, or of its documents' best chunks; ties by id, then by chunk."""
+    best = select(near.c.id, near.c.chunk_key, near.c.distance).where(*conditions)
+    if wanted.grouped:
+        each = best.distinct(near.c.id).order_by(near.c.id, distance, near.c.chunk_key).subquery("each")
+        best = select(each).order_by(each.c.distance, each.c.id)
+    else:
+        best = best.order_by(distance, near.c.id, near.c.chunk_key)
+    return best.limit(bindparam(limit, type_=Integer)).cte("hit").prefix_with("MATERIALIZED")
+
+
+def shown(hit: CTE, size: CTE, wanted: Wanted) -> Select[Any]:
+    """The hits with what a caller sees of a chunk; at least one row, whatever was found: `candidates` stands in each."""
+    chunk, source = tenant_documents, tenant_sources
+    tenant = bindparam("tenant_id", type_=Text)
+    place = func.array_position(source.c.chunk_keys, hit.c.chunk_key)
+    similarity = 1 - hit.c.distance
+    found = (
+        select(
+            chunk.c.id,
+            chunk.c.content,
+            chunk.c.doc_type,
+            chunk.c.metadata,
+            chunk.c.created_at,
+            (place - 1).label("chunk_index"),
+            source.c.start_offsets[place].label("start_offset"),
+            similarity.label("similarity"),
+            *([chunk.c.embedding] if wanted.vectors else []),
+        )
+        .select_from(hit)
+        .join(chunk, (chunk.c.id == hit.c.id) & (chunk.c.chunk_key == hit.c.chunk_key))
+        .join(source, source.c.id == hit.c.id)
+        .where(chunk.c.tenant_id == tenant, source.c.tenant_id == tenant)
+    )
+    if wanted.thresholded:
+        found = found.where(similarity >= bindparam("threshold", type_=Float))
+    rows = found.subquery("found")
+    return (
+        select(size.c.candidates, rows)
+        .select_from(size.outerjoin(rows, true()))
+        .order_by(rows.c.similarity.desc(), rows.c.id, rows.c.chunk_index)
+    )
+
+
+def _query(wanted: Wanted) -> ColumnElement[Any]:
+    return bindparam("embedding", type_=Vector(wanted.dimensions))
+
+
+def _by_index(wanted: Wanted) -> ColumnElement[Any]:
+    """What an index of this kind orders by."""
+    column, query = (
+        indexed(each, wanted.kind, wanted.dimensions) for each in (tenant_documents.c.embedding, _query(wanted))
+    )
+    return column.op("<~>" if wanted.kind == "binary" else "<=>", return_type=Float())(query)
+
+
+def _in_bucket() -> ColumnElement[bool]:
+    return bucket_of(tenant_documents.c.tenant_id) == bucket_of(bindparam("tenant_id", type_=Text))

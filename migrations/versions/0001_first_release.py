@@ -17,6 +17,7 @@ do $$
 declare
     name text;
     version int[];
+    place name;
 begin
     if current_setting('server_encoding') <> 'UTF8' then
         raise exception using
@@ -49,11 +50,24 @@ begin
             message = 'pgvector ' || array_to_string(version, '.') || ' can corrupt an index under vacuum',
             hint = 'Update to 0.8.6 or newer';
     end if;
-    foreach name in array array['pgrecall_app', 'pgrecall_worker', 'pgrecall_analyst', 'pgrecall_backup'] loop
+    select nspname into place from pg_extension e join pg_namespace n on n.oid = extnamespace where extname = 'vector';
+    foreach name in array array['pgrecall_app', 'pgrecall_worker', 'pgrecall_analyst', 'pgrecall_backup', current_user] loop
         if not exists (select from pg_roles where rolname = name) then
             raise exception using
                 message = 'the role ' || name || ' is missing',
                 hint = 'Run as an administrator of the cluster: pgrecall roles --apply';
+        end if;
+        continue when has_schema_privilege(name, place, 'usage');
+        begin
+            execute 'grant usage on schema ' || quote_ident(place) || ' to ' || quote_ident(name);
+        exception when insufficient_privilege then
+            null;
+        end;
+        if not has_schema_privilege(name, place, 'usage') then
+            raise exception using
+                message = 'pgvector is in the schema ' || place || ', which ' || name || ' may not use',
+                hint = 'Ask an administrator to run: GRANT USAGE ON SCHEMA ' || quote_ident(place) || ' TO '
+                    || quote_ident(current_user) || ' WITH GRANT OPTION';
         end if;
     end loop;
 end $$
@@ -112,7 +126,7 @@ create table documents (
     metadata jsonb not null default '{}',
     created_at timestamptz not null default now(),
     content text not null,
-    embedding {schema}vector({dimensions}) not null,
+    embedding vector({dimensions}) not null,
     terms tsvector generated always as (chunk_terms(content)) stored,
     constraint documents_pkey primary key (tenant_id, id, chunk_key),
     constraint documents_sources_fkey foreign key (tenant_id, id) references sources (tenant_id, id) on delete cascade
@@ -133,7 +147,7 @@ create table embedding_cache (
     dimensions integer not null,
     input_type text not null,
     content_sha256 bytea not null,
-    embedding {schema}vector not null,
+    embedding vector not null,
     created_at timestamptz not null default now(),
     constraint embedding_cache_pkey primary key (tenant_id, model, dimensions, input_type, content_sha256),
     constraint embedding_cache_input_type_check check (input_type in ('document', 'query'))
@@ -293,17 +307,13 @@ def _run(statements: str) -> None:
 def upgrade() -> None:
     _execute(PREREQUISITES)
     options = op.get_context().opts
-    dimensions, schema = int(options["embedding_dimensions"]), options["vector_schema"]
+    dimensions = int(options["embedding_dimensions"])
     indexed = (
-        f"embedding {schema}vector_cosine_ops"
+        "embedding vector_cosine_ops"
         if dimensions <= 2_000
-        else f"(embedding::{schema}halfvec({dimensions})) {schema}halfvec_cosine_ops"
+        else f"(embedding::halfvec({dimensions})) halfvec_cosine_ops"
     )
-    substitutions = {"{schema}": schema, "{dimensions}": str(dimensions), "{indexed}": indexed}
-    tables = TABLES
-    for name, value in substitutions.items():
-        tables = tables.replace(name, value)
-    _run(tables)
+    _run(TABLES.replace("{dimensions}", str(dimensions)).replace("{indexed}", indexed))
     model = options["embedding_model"].replace("'", "''")
     _execute(f"insert into embedding_models (name, dimensions) values ('{model}', {dimensions})")
     _run(VIEWS)

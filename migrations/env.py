@@ -40,10 +40,17 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
     )
 
 
+CONTRIB_INDEXES = frozenset({"documents_metadata_idx", "documents_terms_idx"})
+"""Left out by revision 0001 on a server without btree_gin."""
+
+
 # The database may hold a team's own tables, and its own Alembic with a table of that name.
 def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared: object) -> bool:  # noqa: ARG001  Alembic's signature
     if kind == "table" and reflected and compared is None:
         return False
+    if kind == "index" and name in CONTRIB_INDEXES and not reflected and compared is None:
+        connection = context.get_bind()
+        return connection.execute(text("select from pg_extension where extname = 'btree_gin'")).first() is not None
     # What operations build at run time carries this prefix and is recorded by them, not by migrations.
     return not (reflected and (name or "").startswith("pgrecall_run_"))
 

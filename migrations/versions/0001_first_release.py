@@ -26,6 +26,13 @@ begin
     end if;
     foreach name in array array['vector', 'btree_gin'] loop
         continue when exists (select from pg_extension where extname = name);
+        if name = 'btree_gin' and not exists (select from pg_available_extensions e where e.name = 'btree_gin') then
+            raise warning using
+                message = 'this server does not have the extension btree_gin: without the indexes documents_metadata_idx and '
+                    'documents_terms_idx, conditions on metadata look at every row of the tenant',
+                hint = 'It is in PostgreSQL''s contrib package; with it in place before the migration they are made';
+            continue;
+        end if;
         begin
             execute 'create extension ' || quote_ident(name);
         exception
@@ -36,7 +43,8 @@ begin
             when undefined_file or feature_not_supported then
                 raise exception using
                     message = 'pgrecall needs the extension ' || name || ', which this server does not have',
-                    hint = 'Ask an administrator to install pgvector 0.8.0 or newer and PostgreSQL''s contrib package';
+                    hint = 'Ask an administrator to install ' || case name when 'vector' then 'pgvector 0.8.0 or newer'
+                        else 'PostgreSQL''s contrib package' end;
         end;
     end loop;
     select string_to_array(regexp_replace(extversion, '[^0-9.].*', ''), '.')::int[] into version
@@ -137,8 +145,6 @@ alter table documents alter column embedding set storage main;
 create index documents_tenant_id_idx on documents (tenant_id);
 create index documents_doc_type_idx on documents (tenant_id, doc_type);
 create index documents_created_at_idx on documents (tenant_id, created_at);
-create index documents_metadata_idx on documents using gin (tenant_id, metadata jsonb_path_ops);
-create index documents_terms_idx on documents using gin (tenant_id, terms);
 create index documents_embedding_idx on documents using hnsw ({indexed}) with (m = 16, ef_construction = 64);
 
 create table embedding_cache (
@@ -159,6 +165,19 @@ create table analyst_tenants (
     tenant_id text collate "C" not null,
     constraint analyst_tenants_pkey primary key (analyst, tenant_id)
 );
+"""
+
+# Decided by the server, not here, so that the SQL for a DBA is the same.
+CONTRIB_INDEXES = """
+do $$ begin
+    if exists (select from pg_extension where extname = 'btree_gin') then
+        create index documents_metadata_idx on documents using gin (tenant_id, metadata jsonb_path_ops);
+        comment on index documents_metadata_idx is
+            'Metadata conditions of the form metadata @> ''{"key": value}'' within a tenant.';
+        create index documents_terms_idx on documents using gin (tenant_id, terms);
+        comment on index documents_terms_idx is 'Full-text conditions of the form terms @@ query within a tenant.';
+    end if;
+end $$
 """
 
 VIEWS = """
@@ -226,8 +245,6 @@ COMMENTS = {
     "index documents_tenant_id_idx": "All chunks of one tenant: exact search of small tenants, and counting up to a bound.",
     "index documents_doc_type_idx": "Chunks of one type within a tenant.",
     "index documents_created_at_idx": "Chunks of a period within a tenant.",
-    "index documents_metadata_idx": "Metadata conditions of the form metadata @> '{\"key\": value}' within a tenant.",
-    "index documents_terms_idx": "Full-text conditions of the form terms @@ query within a tenant.",
     "index documents_embedding_idx": "HNSW over cosine distance: nearest chunks of all tenants, filtered while it is walked.",
     "function chunk_terms(text)": "The words of a text as full-text search sees them: punctuation dropped, English stemming.",
     "table embedding_cache": "Vectors already computed, so that the same text is not paid for twice. May be emptied at any time.",
@@ -314,6 +331,7 @@ def upgrade() -> None:
         else f"(embedding::halfvec({dimensions})) halfvec_cosine_ops"
     )
     _run(TABLES.replace("{dimensions}", str(dimensions)).replace("{indexed}", indexed))
+    _execute(CONTRIB_INDEXES)
     model = options["embedding_model"].replace("'", "''")
     _execute(f"insert into embedding_models (name, dimensions) values ('{model}', {dimensions})")
     _run(VIEWS)

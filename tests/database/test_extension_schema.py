@@ -25,7 +25,7 @@ SCHEMA = "The Extensions"
 
 
 @pytest.fixture
-def elsewhere(cluster, template):
+def elsewhere(cluster, template, contrib):
     """A database whose owner may use the extensions' schema, and pass that on; its name."""
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(cluster.admin, autocommit=True) as admin:
@@ -33,7 +33,8 @@ def elsewhere(cluster, template):
         with psycopg.connect(cluster.url(name), autocommit=True) as inside:
             inside.execute(f'create schema "{SCHEMA}"')
             inside.execute(f'create extension vector schema "{SCHEMA}"')
-            inside.execute(f'create extension btree_gin schema "{SCHEMA}"')
+            if contrib:
+                inside.execute(f'create extension btree_gin schema "{SCHEMA}"')
             inside.execute(f'grant usage on schema "{SCHEMA}" to {OWNER} with grant option')
         yield name
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

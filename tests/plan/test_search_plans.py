@@ -15,7 +15,7 @@ from app import filters, roles, search
 from app.database import Database, rendered
 from app.local import OWNER, SERVICE
 from app.search import Conditions
-from tests.conftest import DIMENSIONS, Cluster, cloned, settings_for
+from tests.conftest import DIMENSIONS, NEEDS_CONTRIB, Cluster, cloned, settings_for
 
 SIZES = {"small": 60, "middle": 1_500, "large": 12_000}
 EXACT_ROWS = 1_000
@@ -155,7 +155,9 @@ def test_the_exact_statement_never_touches_the_approximate_index(settings):
         (Conditions(doc_types=("none",)), "documents_doc_type_idx"),
     ],
 )
-def test_a_selective_filter_uses_its_index_within_the_tenant(settings, conditions, index):
+def test_a_selective_filter_uses_its_index_within_the_tenant(settings, conditions, index, contrib):
+    if index == "documents_metadata_idx" and not contrib:
+        pytest.skip(NEEDS_CONTRIB)
     assert index in indexes(explain(settings, "few", "large", conditions))
 
 

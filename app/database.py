@@ -40,6 +40,17 @@ GRACE = 2.0
 IDLE_BEFORE_PING = 5.0
 """Seconds a pooled connection may lie idle and still be trusted without asking the server."""
 
+PGVECTOR = """
+select t.typname, t.oid, t.typarray,
+       case when pg_type_is_visible(t.oid) then ''
+            else concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(n.nspname)) end as search_path
+  from pg_extension e
+  join pg_namespace n on n.oid = e.extnamespace
+  join pg_type t on t.typnamespace = n.oid and t.typname in ('vector', 'halfvec')
+ where e.extname = 'vector'
+"""
+"""pgvector's types in whatever schema they are, and the search path under which its operators are found."""
+
 _dialect = postgresql.psycopg.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type its dialects
 
 
@@ -122,14 +133,15 @@ class Database:
 
         A connection that turns out to be dead before the block begins is replaced once.
         """
-        identity = select(*(func.set_config(name, value, True) for name, value in self._identity(tenant_id).items()))
+        identity = self._identity(tenant_id)
         with translated():
             async with AsyncExitStack() as stack:
                 for last_try in (False, True):
                     connection = await stack.enter_async_context(self._primary.engine.connect())
+                    config = {**identity, **self._primary.search_path}
                     try:
                         await connection.begin()
-                        await connection.execute(identity)
+                        await connection.execute(select(*(func.set_config(*pair, True) for pair in config.items())))
                         break
                     except DBAPIError as error:
                         self._primary.suspect()
@@ -218,6 +230,8 @@ class _Pool:
             connection.prepare_threshold = 3 if settings.prepared_statements else None
             return connection
 
+        self.search_path: dict[str, str] = {}
+        """Set in each transaction where the session's own search path does not find pgvector; known once connected."""
         self._suspected = float("-inf")
         self._patience = settings.statement_timeout + GRACE
         self.engine = create_async_engine(
@@ -243,7 +257,7 @@ class _Pool:
                     connection = await _driver(pooled)
                     deadline = asyncio.get_running_loop().call_later(self._patience, _hang_up, connection)
                     try:
-                        return await _pipelined(connection, config, statements)
+                        return await _pipelined(connection, {**self.search_path, **config}, statements)
                     except BaseException as error:
                         # What psycopg believes of a pipeline that failed (prepared names, its mode) cannot be trusted.
                         died = connection.broken
@@ -264,21 +278,21 @@ class _Pool:
         if record.info.get("vectors") and used > max(self._suspected, time.monotonic() - IDLE_BEFORE_PING):
             return
         try:
-            record.info["vectors"] = dbapi_connection.run_async(_register_vectors)
+            search_path = dbapi_connection.run_async(_register_vectors)
         except psycopg.Error as error:
             raise DisconnectionError from error
+        record.info["vectors"] = search_path is not None
+        self.search_path = {"search_path": search_path} if search_path else {}
 
 
-async def _register_vectors(connection: psycopg.AsyncConnection[Any]) -> bool:
-    # Also the ping of a connection that lay idle. The extension may be missing, or be in another schema, or come later.
-    found = False
-    for name, register in (("vector", vector.register_vector_info), ("halfvec", halfvec.register_halfvec_info)):
-        info = await TypeInfo.fetch(connection, name)
-        if info is not None:
-            register(connection, info)
-            found = True
-    await connection.rollback()
-    return found
+async def _register_vectors(connection: psycopg.AsyncConnection[Any]) -> str | None:
+    """The search path that finds pgvector: empty where the session's own does, None where there is no pgvector."""
+    # Also the ping of a connection that lay idle. The extension may be missing, or come later.
+    found = await (await connection.execute(PGVECTOR)).fetchall()
+    register = {"vector": vector.register_vector_info, "halfvec": halfvec.register_halfvec_info}
+    for name, oid, array_oid, _ in found:
+        register[name](connection, TypeInfo(name, oid, array_oid))
+    return found[0][-1] if found else None
 
 
 @contextmanager

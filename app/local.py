@@ -54,7 +54,7 @@ def start(settings: Settings) -> Local:
 
 
 def bootstrap(admin_url: str, database: str) -> None:
-    """As a superuser: the roles, an owner, a service login, an analyst login and an empty database with the extensions."""
+    """As a superuser: the roles, an owner, a service login, an analyst login and an empty database with pgvector."""
     with psycopg.connect(admin_url, autocommit=True) as connection:
         connection.execute("select pg_advisory_lock(%s)", (_BOOTSTRAP_LOCK,))  # until this session ends
         if connection.execute("select from pg_database where datname = %s", (database,)).fetchone() is not None:
@@ -78,7 +78,6 @@ def bootstrap(admin_url: str, database: str) -> None:
         )
         with psycopg.connect(admin_url, dbname=unfinished, autocommit=True) as inside:
             inside.execute("create extension vector")
-            inside.execute("create extension btree_gin")
         connection.execute(
             sql.SQL("alter database {} rename to {}").format(sql.Identifier(unfinished), sql.Identifier(database))
         )

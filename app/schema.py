@@ -47,11 +47,13 @@ select (select count(*) from guarded) as tables, current_user as login,
        (select bool_or(pg_has_role(r.oid, g.relowner, 'usage')) from guarded g, pg_roles r where r.rolname = %(app)s) as owns,
        (select bool_and(relrowsecurity) from guarded) as secured,
        (select count(distinct p.polrelid) from pg_policy p join guarded g on g.oid = p.polrelid
-          join pg_roles r on r.oid = any (p.polroles) where r.rolname = %(app)s) as policies
+          join pg_roles r on r.oid = any (p.polroles) where r.rolname = %(app)s) as policies,
+       (select quote_ident(n.nspname) from pg_extension e join pg_namespace n on n.oid = e.extnamespace, pg_roles r
+         where e.extname = 'vector' and r.rolname = %(app)s and not has_schema_privilege(r.oid, n.oid, 'usage')) as hidden
 """,
     {"app": roles.APP, "worker": roles.WORKER},
 )
-"""Whether the role that every transaction drops to really is confined to one tenant. Reads catalogues only."""
+"""Whether the role that every transaction drops to is confined to one tenant and finds pgvector. Reads catalogues only."""
 
 GUARDED = 3
 """Tables the preflight looks at."""
@@ -138,17 +140,6 @@ def recorded_model(connection: Connection) -> Model | None:
     return Model(*row) if row else None
 
 
-def vector_schema(connection: Connection) -> str:
-    """Prefix under which pgvector's names must be written: empty where the search path finds them."""
-    row = connection.execute(
-        text(
-            "select quote_ident(n.nspname) || '.', pg_type_is_visible(t.oid) from pg_type t "
-            "join pg_namespace n on n.oid = t.typnamespace where t.typname = 'vector'"
-        )
-    ).first()
-    return row[0] if row and not row[1] else ""
-
-
 async def revision(database: Database, *, replica: bool = False) -> str:
     """The revision of a database. Raises SchemaTooOld where it is older than this release needs."""
     found = (await database.fetch_public(REVISION, replica=replica))[0]["version_num"]
@@ -162,7 +153,7 @@ async def revision(database: Database, *, replica: bool = False) -> str:
 async def preflight(database: Database, *, replica: bool = False) -> None:
     """Raise Unsafe, naming the statement that mends it, where the service could reach another tenant's rows.
 
-    Raises SchemaTooOld where there are no tables yet.
+    Raises SchemaTooOld where there are no tables yet, SetupError where the service may not use pgvector.
     """
     (row,) = await database.fetch_public(PREFLIGHT, as_login=True, replica=replica)
     if row["tables"] < GUARDED:
@@ -186,12 +177,17 @@ async def preflight(database: Database, *, replica: bool = False) -> None:
             "row-level security is off on sources, documents or embedding_cache, or a policy is missing: "
             "ALTER TABLE … ENABLE ROW LEVEL SECURITY, and restore the policies of migrations/versions/0001"
         )
+    if row["hidden"]:
+        raise SetupError(
+            f"{roles.APP} may not use the schema {row['hidden']}, where pgvector is: "
+            f"GRANT USAGE ON SCHEMA {row['hidden']} TO {', '.join(roles.ROLES)}"
+        )
 
 
 async def check(database: Database, embedder: Embedder) -> Readiness:
     """What the database has, if the service can work on it.
 
-    Raises SchemaTooOld, ModelMismatch, Unsafe or DatabaseUnavailable.
+    Raises SetupError (SchemaTooOld, ModelMismatch, Unsafe) or DatabaseUnavailable.
     """
     for replica in (False, True) if database.has_replica else (False,):
         await preflight(database, replica=replica)

@@ -284,7 +284,10 @@ vector_indexes = Table(
     Column("kind", Text, nullable=False, comment="full, half (half precision) or binary (one bit a dimension)."),
     Column("state", Text, nullable=False, comment="active: searched. building: being made. retired: to be dropped."),
     Column(
-        "oversampling", Float, nullable=False, comment="Candidates taken from the index for each hit, then measured by the stored vectors."
+        "oversampling",
+        Float,
+        nullable=False,
+        comment="Candidates taken from the index for each hit, then measured by the stored vectors.",
     ),
     _moment("created_at", comment="When it was asked for."),
     PrimaryKeyConstraint("kind"),

@@ -134,7 +134,9 @@ def _copy_sources(owner: psycopg.Connection[Any], corpus: Corpus, advance: Calla
         "copy sources (tenant_id, id, content, content_sha256, doc_type, metadata, created_at, chunk_keys, "
         "start_offsets, state, embedding_origin) from stdin (format binary)"
     ) as rows:
-        rows.set_types(["text", "text", "text", "bytea", "text", "jsonb", "timestamptz", "text[]", "int4[]", "text", "text"])
+        rows.set_types(
+            ["text", "text", "text", "bytea", "text", "jsonb", "timestamptz", "text[]", "int4[]", "text", "text"]
+        )
         for number, row in enumerate(corpus.rows()):
             digest = sha256(row.content.encode()).digest()
             given = (row.tenant, row.id, row.content, digest, row.doc_type, Jsonb(row.metadata), row.created_at)

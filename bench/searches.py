@@ -220,7 +220,12 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
         shown = [row for row in results if row["variant"] == variant]
         if not shown:
             continue
-        headings = [("tenant", "left"), ("filter", "left"), *((name, "right") for name in columns), ("strategy", "left")]
+        headings = [
+            ("tenant", "left"),
+            ("filter", "left"),
+            *((name, "right") for name in columns),
+            ("strategy", "left"),
+        ]
         terminal.table(
             title,
             headings,

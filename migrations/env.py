@@ -11,15 +11,19 @@ LOCK_TIMEOUT = "4s"  # a migration that cannot have its lock gives up rather tha
 STATEMENT_TIMEOUT = "60s"  # concurrent index builds set their own
 MIGRATOR_LOCK = 0x7067726563616C6C  # "pgrecall"
 WAIT_FOR_MIGRATOR = 900  # seconds
+PREPARE = (
+    f"set lock_timeout = '{LOCK_TIMEOUT}'",
+    f"set statement_timeout = '{STATEMENT_TIMEOUT}'",
+    f"select set_config('search_path', search_path, false) from ({database.PGVECTOR}) as pgvector where search_path <> '' limit 1",
+)
+"""What every migration's session begins with; the last finds pgvector where it is in a schema of its own."""
 
 
 def _configure(options: settings.Settings, connection: Connection | None) -> None:
     model, dimensions = options.model, options.dimensions
-    prefix = ""
     if connection is not None:
         recorded = schema.recorded_model(connection)
         model, dimensions = (recorded.name, recorded.dimensions) if recorded else (model, dimensions)
-        prefix = schema.vector_schema(connection)
         connection.commit()
     context.configure(
         connection=connection,
@@ -33,14 +37,20 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
         literal_binds=connection is None,
         embedding_model=model,
         embedding_dimensions=dimensions,
-        vector_schema=prefix,
     )
+
+
+CONTRIB_INDEXES = frozenset({"documents_labels_idx", "documents_terms_idx"})
+"""Left out on a server without btree_gin."""
 
 
 # The database may hold a team's own tables, and its own Alembic with a table of that name.
 def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared: object) -> bool:  # noqa: ARG001  Alembic's signature
     if kind == "table" and reflected and compared is None:
         return False
+    if kind == "index" and name in CONTRIB_INDEXES and not reflected and compared is None:
+        connection = context.get_bind()
+        return connection.execute(text("select from pg_extension where extname = 'btree_gin'")).first() is not None
     # What operations build at run time carries this prefix and is recorded by them, not by migrations.
     return not (reflected and (name or "").startswith("pgrecall_run_"))
 
@@ -49,8 +59,8 @@ def offline(options: settings.Settings) -> None:
     """Print the SQL for a DBA to review."""
     _configure(options, None)
     with context.begin_transaction():
-        context.execute(f"set lock_timeout = '{LOCK_TIMEOUT}'")
-        context.execute(f"set statement_timeout = '{STATEMENT_TIMEOUT}'")
+        for statement in PREPARE:
+            context.execute(statement)
         context.run_migrations()
 
 
@@ -58,8 +68,8 @@ def online(connection: Connection, options: settings.Settings) -> None:
     """Migrate, unless another migrator is at work: then wait for it and find nothing left to do."""
     _wait_for_turn(connection)
     try:
-        connection.execute(text(f"set lock_timeout = '{LOCK_TIMEOUT}'"))
-        connection.execute(text(f"set statement_timeout = '{STATEMENT_TIMEOUT}'"))
+        for statement in PREPARE:
+            connection.execute(text(statement))
         connection.commit()
         _configure(options, connection)
         with context.begin_transaction():

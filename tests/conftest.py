@@ -91,6 +91,17 @@ def cluster(testrun_uid: str) -> Iterator[Cluster]:
         yield Cluster(kind)
 
 
+@pytest.fixture(scope="session")
+def contrib(cluster: Cluster) -> bool:
+    """Whether the server has btree_gin, which is in PostgreSQL's contrib package."""
+    with psycopg.connect(cluster.admin) as connection:
+        found = connection.execute("select from pg_available_extensions where name = 'btree_gin'").fetchone()
+        return found is not None
+
+
+NEEDS_CONTRIB = "this server is without contrib, where btree_gin is from"
+
+
 def settings_for(url: str | None, openai_url: str, **changes: object) -> Settings:
     """Settings of a service on `url` with an OpenAI-protocol server behind it."""
     values: dict[str, object] = {

@@ -17,6 +17,7 @@ do $$
 declare
     name text;
     version int[];
+    place name;
 begin
     if current_setting('server_encoding') <> 'UTF8' then
         raise exception using
@@ -25,6 +26,13 @@ begin
     end if;
     foreach name in array array['vector', 'btree_gin'] loop
         continue when exists (select from pg_extension where extname = name);
+        if name = 'btree_gin' and not exists (select from pg_available_extensions e where e.name = 'btree_gin') then
+            raise warning using
+                message = 'this server does not have the extension btree_gin: without the indexes documents_metadata_idx and '
+                    'documents_terms_idx, conditions on metadata look at every row of the tenant',
+                hint = 'It is in PostgreSQL''s contrib package; with it in place before the migration they are made';
+            continue;
+        end if;
         begin
             execute 'create extension ' || quote_ident(name);
         exception
@@ -35,7 +43,8 @@ begin
             when undefined_file or feature_not_supported then
                 raise exception using
                     message = 'pgrecall needs the extension ' || name || ', which this server does not have',
-                    hint = 'Ask an administrator to install pgvector 0.8.0 or newer and PostgreSQL''s contrib package';
+                    hint = 'Ask an administrator to install ' || case name when 'vector' then 'pgvector 0.8.0 or newer'
+                        else 'PostgreSQL''s contrib package' end;
         end;
     end loop;
     select string_to_array(regexp_replace(extversion, '[^0-9.].*', ''), '.')::int[] into version
@@ -49,11 +58,24 @@ begin
             message = 'pgvector ' || array_to_string(version, '.') || ' can corrupt an index under vacuum',
             hint = 'Update to 0.8.6 or newer';
     end if;
-    foreach name in array array['pgrecall_app', 'pgrecall_worker', 'pgrecall_analyst', 'pgrecall_backup'] loop
+    select nspname into place from pg_extension e join pg_namespace n on n.oid = extnamespace where extname = 'vector';
+    foreach name in array array['pgrecall_app', 'pgrecall_worker', 'pgrecall_analyst', 'pgrecall_backup', current_user] loop
         if not exists (select from pg_roles where rolname = name) then
             raise exception using
                 message = 'the role ' || name || ' is missing',
                 hint = 'Run as an administrator of the cluster: pgrecall roles --apply';
+        end if;
+        continue when has_schema_privilege(name, place, 'usage');
+        begin
+            execute 'grant usage on schema ' || quote_ident(place) || ' to ' || quote_ident(name);
+        exception when insufficient_privilege then
+            null;
+        end;
+        if not has_schema_privilege(name, place, 'usage') then
+            raise exception using
+                message = 'pgvector is in the schema ' || place || ', which ' || name || ' may not use',
+                hint = 'Ask an administrator to run: GRANT USAGE ON SCHEMA ' || quote_ident(place) || ' TO '
+                    || quote_ident(current_user) || ' WITH GRANT OPTION';
         end if;
     end loop;
 end $$
@@ -112,7 +134,7 @@ create table documents (
     metadata jsonb not null default '{}',
     created_at timestamptz not null default now(),
     content text not null,
-    embedding {schema}vector({dimensions}) not null,
+    embedding vector({dimensions}) not null,
     terms tsvector generated always as (chunk_terms(content)) stored,
     constraint documents_pkey primary key (tenant_id, id, chunk_key),
     constraint documents_sources_fkey foreign key (tenant_id, id) references sources (tenant_id, id) on delete cascade
@@ -123,8 +145,6 @@ alter table documents alter column embedding set storage main;
 create index documents_tenant_id_idx on documents (tenant_id);
 create index documents_doc_type_idx on documents (tenant_id, doc_type);
 create index documents_created_at_idx on documents (tenant_id, created_at);
-create index documents_metadata_idx on documents using gin (tenant_id, metadata jsonb_path_ops);
-create index documents_terms_idx on documents using gin (tenant_id, terms);
 create index documents_embedding_idx on documents using hnsw ({indexed}) with (m = 16, ef_construction = 64);
 
 create table embedding_cache (
@@ -133,7 +153,7 @@ create table embedding_cache (
     dimensions integer not null,
     input_type text not null,
     content_sha256 bytea not null,
-    embedding {schema}vector not null,
+    embedding vector not null,
     created_at timestamptz not null default now(),
     constraint embedding_cache_pkey primary key (tenant_id, model, dimensions, input_type, content_sha256),
     constraint embedding_cache_input_type_check check (input_type in ('document', 'query'))
@@ -145,6 +165,19 @@ create table analyst_tenants (
     tenant_id text collate "C" not null,
     constraint analyst_tenants_pkey primary key (analyst, tenant_id)
 );
+"""
+
+# Decided by the server, not here, so that the SQL for a DBA is the same.
+CONTRIB_INDEXES = """
+do $$ begin
+    if exists (select from pg_extension where extname = 'btree_gin') then
+        create index documents_metadata_idx on documents using gin (tenant_id, metadata jsonb_path_ops);
+        comment on index documents_metadata_idx is
+            'Metadata conditions of the form metadata @> ''{"key": value}'' within a tenant.';
+        create index documents_terms_idx on documents using gin (tenant_id, terms);
+        comment on index documents_terms_idx is 'Full-text conditions of the form terms @@ query within a tenant.';
+    end if;
+end $$
 """
 
 VIEWS = """
@@ -212,8 +245,6 @@ COMMENTS = {
     "index documents_tenant_id_idx": "All chunks of one tenant: exact search of small tenants, and counting up to a bound.",
     "index documents_doc_type_idx": "Chunks of one type within a tenant.",
     "index documents_created_at_idx": "Chunks of a period within a tenant.",
-    "index documents_metadata_idx": "Metadata conditions of the form metadata @> '{\"key\": value}' within a tenant.",
-    "index documents_terms_idx": "Full-text conditions of the form terms @@ query within a tenant.",
     "index documents_embedding_idx": "HNSW over cosine distance: nearest chunks of all tenants, filtered while it is walked.",
     "function chunk_terms(text)": "The words of a text as full-text search sees them: punctuation dropped, English stemming.",
     "table embedding_cache": "Vectors already computed, so that the same text is not paid for twice. May be emptied at any time.",
@@ -293,17 +324,14 @@ def _run(statements: str) -> None:
 def upgrade() -> None:
     _execute(PREREQUISITES)
     options = op.get_context().opts
-    dimensions, schema = int(options["embedding_dimensions"]), options["vector_schema"]
+    dimensions = int(options["embedding_dimensions"])
     indexed = (
-        f"embedding {schema}vector_cosine_ops"
+        "embedding vector_cosine_ops"
         if dimensions <= 2_000
-        else f"(embedding::{schema}halfvec({dimensions})) {schema}halfvec_cosine_ops"
+        else f"(embedding::halfvec({dimensions})) halfvec_cosine_ops"
     )
-    substitutions = {"{schema}": schema, "{dimensions}": str(dimensions), "{indexed}": indexed}
-    tables = TABLES
-    for name, value in substitutions.items():
-        tables = tables.replace(name, value)
-    _run(tables)
+    _run(TABLES.replace("{dimensions}", str(dimensions)).replace("{indexed}", indexed))
+    _execute(CONTRIB_INDEXES)
     model = options["embedding_model"].replace("'", "''")
     _execute(f"insert into embedding_models (name, dimensions) values ('{model}', {dimensions})")
     _run(VIEWS)

@@ -11,6 +11,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from app import embedded, local
+from tests.conftest import NEEDS_CONTRIB
 
 VARIABLES = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD", "dbname": "PGDATABASE"}
 
@@ -22,8 +23,10 @@ def prefix():
 
 
 @pytest.fixture
-def empty(cluster, prefix):
+def empty(cluster, prefix, contrib):
     """The URL of an administrator in an empty database."""
+    if not contrib:
+        pytest.skip(NEEDS_CONTRIB)
     name = sql.Identifier(f"{prefix}database")
     with psycopg.connect(cluster.admin, autocommit=True) as admin:
         admin.execute(sql.SQL("create database {}").format(name))

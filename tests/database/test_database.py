@@ -34,6 +34,7 @@ async def test_a_fetch_is_one_transaction_and_leaves_nothing_behind(single):
     (one,), (two,) = await single.fetch("acme", [WHO, WHO])
     assert (one["role"], one["tenant"], one["timeout"]) == ("pgrecall_app", "acme", "10s")
     assert one["transaction"] == two["transaction"]
+    assert single._primary.search_path == {}  # only where the session's own does not find pgvector
     async with single._primary.engine.connect() as pooled:
         raw = (await pooled.get_raw_connection()).driver_connection
         left = await (await raw.execute(WHO.sql)).fetchone()

@@ -9,9 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from app import cache, documents, filters
+from app.conditions import Conditions
 from app.drafts import Draft
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, VersionConflict
-from app.conditions import Conditions
 from app.upsert import put
 
 PROSE = " ".join(

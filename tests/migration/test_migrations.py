@@ -17,7 +17,7 @@ from sqlalchemy import Column, Text
 
 from app import local, schema, tables
 from app.errors import SetupError
-from tests.conftest import cloned, passwords, settings_for
+from tests.conftest import NEEDS_CONTRIB, cloned, passwords, settings_for
 
 
 @pytest.fixture
@@ -207,6 +207,26 @@ def test_without_the_extension_and_the_right_to_create_it_the_error_says_what_to
     with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
         admin.execute("drop extension vector")
     with pytest.raises(SetupError, match=r"extension vector, which this login may not create.*CREATE EXTENSION vector"):
+        schema.migrate(settings)
+
+
+def test_without_contrib_two_indexes_are_left_out_and_check_is_clean(settings, cluster, empty, contrib, caplog):
+    command.upgrade(schema.config(settings), "head")
+    assert ("does not have the extension btree_gin" in caplog.text) is not contrib
+    with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
+        admin.execute("drop extension if exists btree_gin cascade")
+        needed = admin.execute("select indexname from pg_indexes where indexname ~ '_(metadata|terms)_idx$'").fetchall()
+        assert needed == []
+    assert command.check(schema.config(settings)) is None
+
+
+def test_where_contrib_may_not_be_created_the_error_says_what_to_ask(settings, cluster, empty, contrib):
+    if not contrib:
+        pytest.skip(NEEDS_CONTRIB)
+    with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
+        admin.execute(sql.SQL("alter database {} owner to postgres").format(sql.Identifier(empty)))
+        admin.execute(sql.SQL("grant create on schema public to {}").format(sql.Identifier(local.OWNER)))
+    with pytest.raises(SetupError, match=r"extension btree_gin, which this login may not create.*CREATE EXTENSION"):
         schema.migrate(settings)
 
 

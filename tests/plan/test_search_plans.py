@@ -11,11 +11,11 @@ from msgspec.structs import replace
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from app import filters, layout, roles, scans, search
+from app import filters, roles, scans, search
+from app.conditions import Conditions
 from app.database import Database, rendered
 from app.local import OWNER, SERVICE
-from app.conditions import Conditions
-from tests.conftest import DIMENSIONS, Cluster, cloned, settings_for
+from tests.conftest import DIMENSIONS, NEEDS_CONTRIB, Cluster, cloned, settings_for
 
 SIZES = {"small": 60, "middle": 1_500, "large": 12_000}
 EXACT_ROWS = 1_000
@@ -162,7 +162,9 @@ def test_the_exact_statement_never_touches_the_approximate_index(settings):
         (Conditions(doc_types=("none",)), "documents_doc_type_idx"),
     ],
 )
-def test_a_selective_filter_uses_its_index_within_the_tenant(settings, conditions, index):
+def test_a_selective_filter_uses_its_index_within_the_tenant(settings, conditions, index, contrib):
+    if index == "documents_metadata_idx" and not contrib:
+        pytest.skip(NEEDS_CONTRIB)
     assert index in indexes(explain(settings, "few", "large", conditions))
 
 
@@ -269,7 +271,9 @@ async def test_ties_are_broken_by_id_and_every_call_gives_the_same_order(databas
         assert [hit.id for hit in found.hits] == [f"d{n}" for n in range(10, 22)]
 
 
-async def test_a_search_is_one_statement_for_a_small_tenant_and_for_a_large_one_that_is_known(database, settings, monkeypatch):
+async def test_a_search_is_one_statement_for_a_small_tenant_and_for_a_large_one_that_is_known(
+    database, settings, monkeypatch
+):
     asked = []
     original = database.fetch
 

@@ -27,6 +27,7 @@ from app.settings import Settings
 from app.tables import Kind
 
 MAX_TOP_K = 100
+MAX_OVERSAMPLING = 100
 MAX_QUERY_BYTES = 32_000
 
 

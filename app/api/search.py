@@ -1,22 +1,24 @@
 """`POST /search`: the chunks most similar to a question or a vector."""
 
+import time
 from datetime import datetime
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from litestar import post
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Body
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from app import filters, search, tenants
+from app import explanation, filters, scans, search, tenants
 from app.api import problems
 from app.api.service import Service
 from app.conditions import Conditions
 from app.drafts import check_moment, check_range, check_text, check_vector
 from app.errors import BadInput
-from app.search import Hit, Scan
+from app.explanation import Explanation
+from app.search import Hit, Options, Scan
 
 MAX_DOC_TYPES = 1_000
 
@@ -40,6 +42,22 @@ After = Annotated[datetime | None, Meta(description="created_at at or after this
 Before = Annotated[datetime | None, Meta(description="created_at before this moment (with time zone).")]
 
 
+EfSearch = Annotated[
+    int | None,
+    Meta(
+        description="Breadth of the index walk; more finds more and takes longer. The server's setting where left out.",
+        extra_json_schema={"minimum": 10, "maximum": scans.MAX_EF_SEARCH},
+    ),
+]
+Oversampling = Annotated[
+    float | None,
+    Meta(
+        description="Candidates taken from the index for each hit, then measured by the stored vectors.",
+        extra_json_schema={"minimum": 1, "maximum": search.MAX_OVERSAMPLING},
+    ),
+]
+
+
 class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to search for: `query` (embedded here) or `embedding` (a vector of the database's model)."""
 
@@ -52,6 +70,17 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     metadata: Metadata = {}
     created_after: After = None
     created_before: Before = None
+    group_by: Annotated[Literal["id"] | None, Meta(description="id: the best chunk of each document.")] = None
+    exact: Annotated[bool, Meta(description="Measure every chunk that passes instead of walking the index.")] = False
+    ef_search: EfSearch = None
+    oversampling: Oversampling = None
+    rescore: Annotated[
+        bool, Meta(description="false: take top_k from the index as it orders them, which is oversampling 1.")
+    ] = True
+    explain: Annotated[
+        bool | Literal["analyze"],
+        Meta(description="true: say how the search was done; analyze: run it again and say what PostgreSQL measured."),
+    ] = False
 
 
 class SearchResponse(Struct):
@@ -60,6 +89,7 @@ class SearchResponse(Struct):
     results: list[Hit]
     count: int
     scan: Scan
+    explain: Explanation | UnsetType = UNSET
 
 
 class Narrowed(Protocol):
@@ -143,10 +173,13 @@ async def search_chunks(
     narrowed = asked(data)
     if (data.query is None) == (data.embedding is None):
         raise BadInput("query", "give either query or embedding, not both and not neither")
+    options = _options(data)
+    begun = time.perf_counter()
     if data.embedding is not None:
         vector = check_vector(data.embedding, service.embedder.dimensions)
     else:
         vector = await search.question_vector(service.embedder, data.query or "")
+    embedded = time.perf_counter()
     found = await search.search(
         service.database,
         service.settings,
@@ -155,5 +188,30 @@ async def search_chunks(
         top_k=data.top_k,
         threshold=data.threshold,
         conditions=narrowed,
+        options=options,
     )
-    return SearchResponse(found.hits, len(found.hits), found.scan)
+    response = SearchResponse(found.hits, len(found.hits), found.scan)
+    if data.explain:
+        searched = time.perf_counter()
+        response.explain = await explanation.of(
+            service.database,
+            data.tenant_id,
+            found,
+            embedding=1000 * (embedded - begun),
+            total=1000 * (searched - begun),
+            analyze=data.explain == "analyze",
+        )
+    return response
+
+
+def _options(data: SearchRequest) -> Options:
+    if data.ef_search is not None:
+        check_range("ef_search", data.ef_search, 10, scans.MAX_EF_SEARCH)
+    if data.oversampling is not None:
+        check_range("oversampling", data.oversampling, 1, search.MAX_OVERSAMPLING)
+    return Options(
+        exact=data.exact,
+        ef_search=data.ef_search,
+        oversampling=data.oversampling if data.rescore else 1.0,
+        grouped=data.group_by == "id",
+    )

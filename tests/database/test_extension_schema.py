@@ -10,7 +10,7 @@ from alembic import command
 from msgspec.structs import replace
 from psycopg import sql
 
-from app import documents, roles, schema, search
+from app import documents, roles, schema, search, tables
 from app.__main__ import main
 from app.database import Database, Statement
 from app.drafts import Draft
@@ -59,7 +59,7 @@ async def test_put_search_delete_and_the_cache_work_and_nothing_stays_on_the_ses
         drafts = [Draft(f"d{n:03}", f"text {n}", embedding=vector) for n, vector in enumerate(vectors)]
         await put(database, embedder, settings, "acme", drafts)
         walked = await search.search(database, settings, "acme", vectors[7], top_k=1)
-        assert (walked.hits[0].id, walked.scan) == ("d007", search.Scan("index"))
+        assert (walked.hits[0].id, walked.scan) == ("d007", search.Scan("index", kind=tables.default_kind(dimensions)))
         await put(database, embedder, settings, "umbra", [Draft("a", "Otters eat fish.")])
         await put(database, embedder, settings, "umbra", [Draft("b", "Otters eat fish.")])
         assert [call.body["input"] for call in openai.calls] == [["Otters eat fish."]]
@@ -83,7 +83,9 @@ def test_the_sql_for_a_dba_finds_pgvector_by_itself(settings):
     config.output_buffer = printed = io.StringIO()
     command.upgrade(config, "head", sql=True)
     with psycopg.connect(settings.migration_url, autocommit=True) as owner:
-        owner.execute(printed.getvalue().encode())
+        for statement in printed.getvalue().split(";\n\n"):
+            if statement.strip():
+                owner.execute(statement.encode())
     command.check(schema.config(settings))
 
 

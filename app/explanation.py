@@ -1,0 +1,112 @@
+"""How a search was done, in words and figures: for a person who asks why it took so long or found what it did."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from app.database import Database, Statement
+from app.search import Found, Step
+
+PURPOSE = {
+    "few": "counts the rows that pass, up to the size from which the index pays, and measures them if there are no more",
+    "nearest": "walks the HNSW index of the tenant's bucket, filtering as it goes, and measures its candidates again",
+    "exact": "measures every row that passes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What PostgreSQL measured when it ran the statement once more: rows visited, pages of 8 kB read from memory and disk."""
+
+    milliseconds: float
+    rows_visited: int
+    pages_hit: int
+    pages_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One statement of the search: what it is for, how long it took, the indexes in its plan."""
+
+    statement: str
+    purpose: str
+    milliseconds: float
+    indexes: list[str]
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The strategy and why it was taken; milliseconds in the embedder, the database and the rest; each statement."""
+
+    strategy: str
+    reason: str
+    milliseconds: dict[str, float]
+    statements: list[Run]
+
+
+async def of(
+    database: Database, tenant_id: str, found: Found, *, embedding: float, total: float, analyze: bool
+) -> Explanation:
+    """Explain a search that took `total` milliseconds, `embedding` of them for the question's vector.
+
+    With `analyze` each of its statements is run once more.
+    """
+    runs = [await _run(database, tenant_id, step, analyze=analyze) for step in found.steps]
+    spent = sum(step.milliseconds for step in found.steps)
+    milliseconds = {"embedding": embedding, "database": spent, "rest": max(total - embedding - spent, 0.0)}
+    return Explanation(
+        found.scan.strategy,
+        _reason(found),
+        {name: round(value, 3) for name, value in milliseconds.items()},
+        runs,
+    )
+
+
+def _reason(found: Found) -> str:
+    names = [step.statement.name for step in found.steps]
+    bound = found.steps[0].statement.values["bound"] - 1
+    if names == ["exact"]:
+        return "exact was asked for"
+    if names == ["few"]:
+        return f"at most {bound:,} chunks pass the conditions: fewer than the index would visit"
+    if names[-1] == "exact":
+        return "the index ended short, so every chunk that passes was measured"
+    if not found.scan.full:
+        return "the index ended short, and the time limit forbade measuring every chunk that passes"
+    known = "" if "few" in names else ", as a search within the last minute has counted"
+    return f"more than {bound:,} chunks pass the conditions{known}: the index visits fewer"
+
+
+async def _run(database: Database, tenant_id: str, step: Step, *, analyze: bool) -> Run:
+    name, sql, values = step.statement
+    options = "analyze, buffers, format json" if analyze else "format json"
+    ((row,),) = await database.fetch(
+        tenant_id, [Statement(f"explain {name}", f"explain ({options}) {sql}", values)], step.config
+    )
+    (plan,) = row["QUERY PLAN"]
+    nodes = list(_nodes(plan["Plan"]))
+    measured = None
+    if analyze:
+        top = plan["Plan"]
+        visited = sum(_visited(node) for node in nodes if node.get("Relation Name") == "documents")
+        measured = Measured(
+            round(plan["Execution Time"], 3), visited, top["Shared Hit Blocks"], top["Shared Read Blocks"]
+        )
+    indexes = sorted({node["Index Name"] for node in nodes if "Index Name" in node and _ran(node)})
+    return Run(name, PURPOSE[name], round(step.milliseconds, 3), indexes, measured)
+
+
+def _visited(node: dict[str, Any]) -> int:
+    rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+    return round(rows * node["Actual Loops"])
+
+
+def _ran(node: dict[str, Any]) -> bool:
+    return bool(node.get("Actual Loops", 1))
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from _nodes(child)

@@ -98,7 +98,9 @@ async def _run(database: Database, tenant_id: str, step: Step, *, analyze: bool)
 
 
 def _visited(node: dict[str, Any]) -> int:
-    rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+    rows: float = (
+        node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+    )
     return round(rows * node["Actual Loops"])
 
 

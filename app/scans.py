@@ -28,6 +28,7 @@ from sqlalchemy import (
     select,
     true,
 )
+from sqlalchemy.dialects.postgresql import distinct_on
 
 from app.conditions import Conditions, where
 from app.tables import Kind, Vector, bucket_of, indexed, tenant_documents, tenant_sources
@@ -108,7 +109,7 @@ def _best(
     """The first `limit` of `near`, or of its documents' best chunks; ties by id, then by chunk."""
     best = select(near.c.id, near.c.chunk_key, near.c.distance).where(*conditions)
     if wanted.grouped:
-        each = best.distinct(near.c.id).order_by(near.c.id, distance, near.c.chunk_key).subquery("each")
+        each = best.ext(distinct_on(near.c.id)).order_by(near.c.id, distance, near.c.chunk_key).subquery("each")
         best = select(each).order_by(each.c.distance, each.c.id)
     else:
         best = best.order_by(distance, near.c.id, near.c.chunk_key)

@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture
 async def stored(client):
     items = [{"id": f"d{n}", "content": f"text number {n}", "doc_type": "odd" if n % 2 else "even"} for n in range(12)]
-    response = await client.post("/documents", json={"tenant_id": "acme", "items": items})
+    response = await client.post("/documents", json={"tenant_id": "acme", "documents": items})
     assert response.status_code < 300, response.text
 
 

@@ -36,7 +36,7 @@ async def search(client, **body):
 async def test_the_most_similar_come_first_with_everything_a_caller_needs(client, corpus):
     body = await search(client, top_k=3)
     assert body["count"] == 3
-    assert body["scan"] == {"strategy": "exact", "completed": False, "full": True}
+    assert body["scan"] == {"strategy": "exact", "completed": False, "full": True, "kind": None}
     first = body["results"][0]
     assert set(first) == {
         "id",

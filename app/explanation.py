@@ -101,7 +101,8 @@ def _visited(node: dict[str, Any]) -> int:
     rows: float = (
         node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
     )
-    return round(rows * node["Actual Loops"])
+    loops: float = node["Actual Loops"]
+    return round(rows * loops)
 
 
 def _ran(node: dict[str, Any]) -> bool:

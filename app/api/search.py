@@ -1,6 +1,7 @@
 """`POST /search`: the chunks most similar to a question or a vector."""
 
 from datetime import datetime
+from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
 from litestar import post
@@ -11,7 +12,7 @@ from litestar.params import Body
 from msgspec import Meta, Struct
 
 from app import filters, search, tenants
-from app.api import problems
+from app.api import operations, problems
 from app.api.service import Service
 from app.drafts import check_moment, check_range, check_text, check_vector
 from app.errors import BadInput
@@ -131,7 +132,8 @@ FOUND = SearchResponse(
     summary="Find the most similar chunks",
     tags=["search"],
     status_code=200,
-    responses=problems.DOCUMENTED
+    operation_class=operations.Described,
+    responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
     | {200: ResponseSpec(SearchResponse, description="Found", examples=[Example("found", value=FOUND)])},
 )
 async def search_chunks(

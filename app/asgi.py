@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from litestar import Litestar, Request, Router
+from litestar import Litestar, Request, Response, Router
 from litestar.di import Provide
-from litestar.enums import HttpMethod, ParamType
+from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
+from litestar.params import QueryParameter
 from litestar.static_files import create_static_files_router
 
 from app import __version__, chat, embedding, telemetry
@@ -94,18 +95,20 @@ def _service(request: Request[Any, Any, Any]) -> Service:
     return service
 
 
-async def _require_ready(request: Request[Any, Any, Any]) -> None:
+async def _require_ready(request: Request[Any, Any, Any]) -> Response[None] | None:
     if request.method == HttpMethod.OPTIONS:
-        return
+        # Litestar's own answer names the method of the first handler of a path only.
+        route = next(r for r in request.app.routes if r.path_format == request.scope["path_template"])
+        return Response(None, status_code=204, headers={"Allow": ", ".join(route.methods)})
     _check_request(request)
     await _service(request).require_ready()
+    return None
 
 
 def _check_request(request: Request[Any, Any, Any]) -> None:
     # A misspelt filter must not widen a deletion, nor a second tenant_id overrule the one a proxy has looked at.
     parameters = request.route_handler.parsed_fn_signature.parameters
-    kinds = {name: each.kwarg_definition for name, each in parameters.items()}
-    known = [name for name, kind in kinds.items() if getattr(kind, "param_type", None) is ParamType.QUERY]
+    known = [name for name, each in parameters.items() if isinstance(each.kwarg_definition, QueryParameter)]
     for name in request.query_params:
         if name not in known:
             allowed = ", ".join(known) or "none"

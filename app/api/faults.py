@@ -97,5 +97,5 @@ def _inner(info: Any, step: str) -> Iterator[Any]:
 
 
 def _limits(info: Any) -> str:
-    schema = info.extra_json_schema if isinstance(info, inspect.Metadata) else None
-    return f" from {schema['minimum']:,} to {schema['maximum']:,}" if schema and "minimum" in schema else ""
+    limits = (info.extra_json_schema or {}).get("extra", {}) if isinstance(info, inspect.Metadata) else {}
+    return f" from {limits['minimum']:,} to {limits['maximum']:,}" if limits else ""

@@ -21,13 +21,20 @@ from app.search import Conditions, Hit, Scan
 MAX_DOC_TYPES = 1_000
 
 TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
-# Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed.
+# Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed. What stands in
+# `extra` is for the OpenAPI document, and for the message about another type.
 TopK = Annotated[
     int,
-    Meta(description="At most this many chunks.", extra_json_schema={"minimum": 1, "maximum": search.MAX_TOP_K}),
+    Meta(
+        description="At most this many chunks.",
+        extra_json_schema={"extra": {"minimum": 1, "maximum": search.MAX_TOP_K}},
+    ),
 ]
 Threshold = Annotated[
-    float, Meta(description="Least cosine similarity, in [-1, 1].", extra_json_schema={"minimum": -1, "maximum": 1})
+    float,
+    Meta(
+        description="Least cosine similarity, in [-1, 1].", extra_json_schema={"extra": {"minimum": -1, "maximum": 1}}
+    ),
 ]
 DocType = Annotated[
     str | list[str] | None, Meta(description="This type, or one of these; an empty list matches nothing.")

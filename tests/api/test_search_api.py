@@ -126,7 +126,7 @@ async def test_bad_requests_name_the_field(client, change, field):
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
-        (b'{"top_k": "1"}', "tenant_id: is missing; it is required"),
+        (b'{"top_k": 1}', "tenant_id: is missing; it is required"),
         (b'{"tenant_id": "a", "top_k": "1"}', "top_k: is a text; allowed: a whole number from 1 to 100"),
         (
             b'{"tenant_id": "a", "top_k": 1.5}',

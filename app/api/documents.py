@@ -49,7 +49,9 @@ IfNoneMatch = Annotated[
     ),
 ]
 IdPath = Annotated[str, PathParameter(description="The id, percent-encoded; slashes may stand as they are.")]
-TenantQuery = Annotated[str, QueryParameter(name="tenant_id", description="Whose document.")]
+TenantQuery = Annotated[
+    str, QueryParameter(name="tenant_id", description="Whose document.", schema_extra={"pattern": tenants.PATTERN})
+]
 
 
 class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -267,7 +269,13 @@ async def put_documents(
 ) -> StoredAll:
     """The item at fault is named, `documents[3].content`, and then none is written."""
     drafts = [Draft(**msgspec.structs.asdict(item)) for item in data.documents]
-    return StoredAll([_stored(outcome) for outcome in await _put(service, data.tenant_id, drafts)])
+    tenants.check(data.tenant_id)
+    try:
+        outcomes = await _put(service, data.tenant_id, drafts)
+    except BadInput as fault:
+        # A put of one document names its fields without the item.
+        raise (fault.under("documents[0]") if len(drafts) == 1 else fault) from None
+    return StoredAll([_stored(outcome) for outcome in outcomes])
 
 
 @get(

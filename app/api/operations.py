@@ -68,6 +68,7 @@ class Streamed(Described):
         super().__post_init__()
         response = self._response("200")
         if response and response.content is not None:
-            schema = Schema(type=OpenAPIType.STRING, description=_STREAM)
+            # Without a type: to some readers a schema is the whole stream's, a text, to others that of each event.
+            schema = Schema(description=_STREAM)
             examples: dict[str, Example | Reference] = {"answer": Example(summary="an answer", value=_EVENTS)}
             response.content["text/event-stream"] = OpenAPIMediaType(schema=schema, examples=examples)

@@ -20,7 +20,13 @@ from app.search import Conditions, Hit, Scan
 
 MAX_DOC_TYPES = 1_000
 
-TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
+TenantId = Annotated[
+    str,
+    Meta(
+        description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.",
+        extra_json_schema={"extra": {"pattern": tenants.PATTERN}},
+    ),
+]
 # Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed. What stands in
 # `extra` is for the OpenAPI document, and for the message about another type.
 TopK = Annotated[

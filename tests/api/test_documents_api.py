@@ -123,6 +123,8 @@ async def test_a_batch_is_all_or_nothing_and_names_the_item(client):
         "/documents", json={"tenant_id": "acme", "documents": [good, {"id": "bad", "content": " "}]}
     )
     assert_problem(response, 400, field="documents[1].content")
+    alone = await client.post("/documents", json={"tenant_id": "acme", "documents": [{"id": "bad", "content": " "}]})
+    assert_problem(alone, 400, field="documents[0].content")
     for bad, field in (({"id": "bad"}, "content"), (good | {"lang": "en"}, "lang"), (good | {"id": 1}, "id")):
         response = await client.post("/documents", json={"tenant_id": "acme", "documents": [good, bad]})
         assert_problem(response, 400, field=f"documents[1].{field}")

@@ -1,7 +1,6 @@
 """The composition root: settings in, application out. The lifespan opens what handlers work with."""
 
 import importlib.util
-import inspect
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -9,17 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from litestar import Litestar, Request, Router
+from litestar import Litestar, Request, Response, Router
 from litestar.di import Provide
+from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
+from litestar.params import QueryParameter
 from litestar.static_files import create_static_files_router
 
 from app import __version__, chat, embedding, telemetry
 from app import settings as environment
 from app.api import documents, health, problems, rag, search
-from app.api.body import BodyGuard
+from app.api.body import BodyGuard, StrictRequest
+from app.api.methods import Heads
 from app.api.paths import RawIds
 from app.api.service import Service
 from app.database import Database
@@ -63,6 +65,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         lifespan=[partial(_opened, settings=settings)],
         plugins=[problems.plugin],
         middleware=[BodyGuard(settings.body_timeout)],
+        request_class=StrictRequest,
         request_max_body_size=MAX_BODY,
         logging_config=None,  # Litestar's own would replace what telemetry set up: request ids and blotted secrets
         openapi_config=OpenAPIConfig(
@@ -83,7 +86,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         ),
     )
     # Around the router: a request for a route that does not exist never reaches Litestar's own middleware.
-    app.asgi_handler = telemetry.RequestId(RawIds(app.asgi_handler))
+    app.asgi_handler = telemetry.RequestId(Heads(RawIds(app.asgi_handler)))
     return app
 
 
@@ -92,21 +95,28 @@ def _service(request: Request[Any, Any, Any]) -> Service:
     return service
 
 
-async def _require_ready(request: Request[Any, Any, Any]) -> None:
+async def _require_ready(request: Request[Any, Any, Any]) -> Response[None] | None:
+    if request.method == HttpMethod.OPTIONS:
+        # Litestar's own answer names the method of the first handler of a path only.
+        route = next(r for r in request.app.routes if r.path_format == request.scope["path_template"])
+        return Response(None, status_code=204, headers={"Allow": ", ".join(route.methods)})
     _check_request(request)
     await _service(request).require_ready()
+    return None
 
 
 def _check_request(request: Request[Any, Any, Any]) -> None:
     # A misspelt filter must not widen a deletion, nor a second tenant_id overrule the one a proxy has looked at.
-    known = inspect.signature(request.route_handler.fn).parameters
+    parameters = request.route_handler.parsed_fn_signature.parameters
+    known = [name for name, each in parameters.items() if isinstance(each.kwarg_definition, QueryParameter)]
     for name in request.query_params:
         if name not in known:
-            raise BadInput(name, "there is no such parameter on this route")
+            allowed = ", ".join(known) or "none"
+            raise BadInput(name[:60], f"there is no such parameter on this route; allowed: {allowed}")
         if name != "doc_type" and len(request.query_params.getall(name)) > 1:
             raise BadInput(name, "is given more than once")
     # A page of another site can send a body of any other type to a server on this machine.
-    if "data" in known and request.content_type[0] != "application/json":
+    if "data" in parameters and request.content_type[0] != "application/json":
         raise HTTPException("the body must be application/json, and Content-Type say so", status_code=415)
 
 

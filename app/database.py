@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app import roles
-from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, TimedOut, Unavailable
+from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, SchemaTooOld, TimedOut, Unavailable
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ def translated() -> Iterator[None]:
         raise _ours(error) from error
 
 
-def _ours(error: BaseException | None) -> BaseException:
+def _ours(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one for each kind of error
     match error:
         case psycopg.errors.QueryCanceled():
             return TimedOut("the database did not finish within PGRECALL_STATEMENT_TIMEOUT")
@@ -318,6 +318,8 @@ def _ours(error: BaseException | None) -> BaseException:
             return PoolExhausted("the database accepts no more connections; try again")
         case psycopg.errors.DatabaseError() if error.sqlstate in IN_THE_WAY:
             return Unavailable("other work was in the way; try again")
+        case psycopg.errors.UndefinedTable():
+            return SchemaTooOld("a table is missing from the database: run `pgrecall migrate`")
         case psycopg.errors.ReadOnlySqlTransaction():
             return DatabaseUnavailable("the database takes no writes now; try again")
         case psycopg.errors.OperationalError() if error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "53"):

@@ -1,5 +1,6 @@
 """Stored documents: read, listed and deleted whole, within one tenant. `upsert` puts them there."""
 
+from collections.abc import Container
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -9,14 +10,17 @@ from app.conditions import Conditions, where, where_values
 from app.database import Database, rendered
 from app.errors import BadInput, NotFound, VersionConflict
 from app.tables import sources, tenant_sources
+from app.tags import tag
 
 _tenant = bindparam("tenant_id", type_=Text)
 _document = bindparam("document_id", type_=Text)
 
-LOCKED_VERSION = (
-    select(sources.c.version).where(sources.c.tenant_id == _tenant, sources.c.id == _document).with_for_update()
+LOCKED_STATE = (
+    select(sources.c.version, sources.c.updated_at)
+    .where(sources.c.tenant_id == _tenant, sources.c.id == _document)
+    .with_for_update()
 )
-"""The version of one document, with writers kept out until the transaction ends."""
+"""What the tag of one document is made of, with writers kept out until the transaction ends."""
 
 REMOVE = delete(sources).where(sources.c.tenant_id == _tenant, sources.c.id == bindparam("document_id", type_=Text))
 """One document; its chunks go with it by the foreign key."""
@@ -86,15 +90,19 @@ async def page(
     return [Document(content=None, **row) for row in rows]
 
 
-async def remove(database: Database, tenant_id: str, document_id: str, *, if_version: int | None = None) -> None:
-    """Delete one document, chunks and all. Raises NotFound, or VersionConflict unless `if_version` is stored."""
+async def remove(
+    database: Database, tenant_id: str, document_id: str, *, expected: Container[str | None] | None = None
+) -> None:
+    """Delete one document, chunks and all. Raises NotFound, or VersionConflict where its tag is not in `expected`."""
     async with database.write(tenant_id) as connection:
         values = {"tenant_id": tenant_id, "document_id": document_id}
-        stored = (await connection.execute(LOCKED_VERSION, values)).scalar()
+        stored = (await connection.execute(LOCKED_STATE, values)).one_or_none()
         if stored is None:
             raise NotFound(f"there is no document {document_id!r} in tenant {tenant_id!r}")
-        if if_version not in (None, stored):
-            raise VersionConflict(f"the stored version is {stored}, not {if_version}")
+        if expected is not None and tag(stored.version, stored.updated_at) not in expected:
+            raise VersionConflict(
+                f"version {stored.version} of this document is stored now, which the condition does not allow"
+            )
         await connection.execute(REMOVE, values)
 
 

@@ -4,7 +4,7 @@ PgrecallError
 ├── BadInput              the request is at fault: names the field, the fault and what is allowed
 │   └── TooLarge          over a limit that is stated
 ├── NotFound              no such document in this tenant
-├── VersionConflict       If-Match named another version than the stored one
+├── VersionConflict       If-Match or If-None-Match does not allow what is stored
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
 │   └── PoolExhausted
@@ -52,7 +52,7 @@ class NotFound(PgrecallError):
 
 
 class VersionConflict(PgrecallError):
-    """The stored version is another one than If-Match names."""
+    """The stored document is not in the state the request asks for."""
 
 
 class Unavailable(PgrecallError):

@@ -23,6 +23,7 @@ from litestar import Litestar
 
 from app import settings as environment
 from app import telemetry
+from app.api.front import Front, hosts
 from app.api.head import KEEP_ALIVE, HeadLimits
 from app.errors import SetupError
 from app.settings import Settings
@@ -101,10 +102,10 @@ def _address(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn, telling when it serves, and ending without raising again the signal that ended it."""
 
-    def __init__(self, app: Litestar, settings: Settings, on_started: Callable[[], object]) -> None:
+    def __init__(self, app: Litestar, address: str, settings: Settings, on_started: Callable[[], object]) -> None:
         config = uvicorn.Config(
-            app,
-            http=partial(HeadLimits, settings.header_timeout),  # type: ignore[arg-type]
+            Front(app, hosts(settings.allowed_hosts, address)),
+            http=partial(HeadLimits, settings.header_timeout, settings.body_timeout),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -148,7 +149,7 @@ async def _work(
     tie: socket.socket | None = None,
 ) -> int:
     app: Litestar = pkgutil.resolve_name(target)()
-    server = Server(app, settings, on_started)
+    server = Server(app, listener.getsockname()[0], settings, on_started)
     if tie is not None:
         loop, this = asyncio.get_running_loop(), asyncio.current_task()
 

@@ -18,6 +18,10 @@ OPENAI_DIMENSIONS = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3
 
 Url = Annotated[str, Meta(pattern=r"^postgres(ql)?(\+psycopg)?://", description="postgresql://…")]
 HttpUrl = Annotated[str, Meta(pattern=r"^https?://[^/ ]+", description="http(s)://…")]
+_HOST = r" *(\*|[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?) *"
+Hosts = Annotated[
+    str, Meta(pattern=f"^{_HOST}(,{_HOST})*$", description="names and addresses without port, commas between; or *")
+]
 
 
 def variable(field: str) -> str:
@@ -64,6 +68,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pool_timeout: Annotated[float, Meta(gt=0, le=300)] = 5.0
     prepared_statements: bool = True
 
+    allowed_hosts: Hosts | None = None
     body_timeout: Annotated[float, Meta(gt=0, le=3600)] = 60.0
     header_timeout: Annotated[float, Meta(gt=0, le=60)] = 10.0
     shutdown_timeout: Annotated[int, Meta(ge=1, le=1800)] = 30

@@ -4,7 +4,8 @@ import re
 
 from app.errors import BadInput
 
-_ALLOWED = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+PATTERN = "^[A-Za-z0-9_.:-]{1,128}$"
+_ALLOWED = re.compile(PATTERN)
 
 
 def check(tenant_id: str, field: str = "tenant_id") -> str:

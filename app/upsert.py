@@ -7,9 +7,9 @@ chunk that is gone loses its row. Vectors are computed before a connection is ta
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from app.embedding import Embedder
 from app.errors import BadInput, EmbeddingFailed, TooLarge, Unavailable, VersionConflict
 from app.settings import Settings
 from app.tables import documents, sources, tenant_documents, tenant_sources
+from app.tags import tag
 
 MAX_BATCH = 1_000
 TRIES = 5
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
     id: str
     status: Literal["created", "updated", "unchanged"]
     version: int
+    updated_at: datetime
     embedded: int = 0
     reused: int = 0
     removed: int = 0
@@ -84,12 +86,13 @@ async def put(
     tenant_id: str,
     drafts: Sequence[Draft],
     *,
-    if_version: int | None = None,
+    expected: Container[str | None] | None = None,
     token_limit: int | None = None,
 ) -> list[Outcome]:
     """Store these documents, all or none, and say for each what changed. Their order is kept.
 
-    `if_version` (one draft): VersionConflict unless that version is stored. `token_limit`: TooLarge when the texts to
+    `expected` (one draft): VersionConflict unless it holds the tag of what is stored, None standing for nothing.
+    `token_limit`: TooLarge when the texts to
     embed have more tokens in all. BadInput and EmbeddingFailed name the item: `documents[3].content`.
     """
     plans = await asyncio.to_thread(_plan, embedder, settings, drafts, token_limit)
@@ -98,7 +101,7 @@ async def put(
         vectors = await _vectors(database, embedder, settings, tenant_id, plans, stored)
         try:
             async with database.write(tenant_id) as connection:
-                return await _write(connection, tenant_id, plans, vectors, stored, if_version)
+                return await _write(connection, tenant_id, plans, vectors, stored, expected)
         except _Overtaken:
             continue
     raise Unavailable("other writers kept changing these documents; try again")
@@ -155,6 +158,7 @@ class _Stored(NamedTuple):
     doc_type: str | None
     metadata: dict[str, Any]
     created_at: datetime
+    updated_at: datetime
     chunk_keys: list[str]
     start_offsets: list[int]
     state: str
@@ -218,6 +222,9 @@ OWN_VECTORS = select(tenant_documents.c.id, tenant_documents.c.embedding).where(
     tenant_documents.c.tenant_id == _tenant, tenant_documents.c.id == func.any(_ids)
 )
 """The vectors of documents that brought their own (one chunk each)."""
+
+NOW = select(func.now())
+"""When this transaction began: the updated_at of every row it writes."""
 
 REMOVE_CHUNKS = delete(documents).where(
     documents.c.tenant_id == _tenant,
@@ -316,20 +323,22 @@ async def _write(
     plans: Sequence[_Plan],
     vectors: Mapping[str, npt.NDArray[np.float32]],
     seen: Mapping[str, _Stored],
-    if_version: int | None,
+    expected: Container[str | None] | None,
 ) -> list[Outcome]:
-    now = datetime.now(UTC)
+    now: datetime = (await connection.execute(NOW)).scalar_one()
     created = await _create(connection, tenant_id, [plan for plan in plans if plan.draft.id not in seen], now)
     locked, own = await _lock(connection, tenant_id, [plan for plan in plans if plan.draft.id not in created])
     rows = _Rows([], [], [], [])
     outcomes = []
     for plan in plans:
         before = locked.get(plan.draft.id)
-        stored_version = before.version if before else None
-        if if_version not in (None, stored_version):
-            raise VersionConflict(f"the stored version is {stored_version or 'none'}, not {if_version}")
+        if expected is not None and (tag(before.version, before.updated_at) if before else None) not in expected:
+            stored = f"version {before.version}" if before else "no version"
+            raise VersionConflict(f"{stored} of this document is stored now, which the condition does not allow")
         if before and before.matches(plan, own.get(plan.draft.id)):
-            outcomes.append(Outcome(plan.draft.id, "unchanged", before.version, reused=len(plan.chunks)))
+            outcomes.append(
+                Outcome(plan.draft.id, "unchanged", before.version, before.updated_at, reused=len(plan.chunks))
+            )
         else:
             outcomes.append(_difference(rows, tenant_id, plan, before, own.get(plan.draft.id), vectors, now))
     for statement, values in (
@@ -377,7 +386,7 @@ def _difference(
         row = {"tenant_id": tenant_id, "id": draft.id, "chunk_key": chunk.key, "content": chunk.content}
         rows.added.append(row | {"embedding": vector} | labels)
     if before is None:
-        return Outcome(draft.id, "created", 1, embedded=len(fresh))
+        return Outcome(draft.id, "created", 1, now, embedded=len(fresh))
     document = {"of_tenant": tenant_id, "document_id": draft.id}
     stale = sorted(set(before.chunk_keys) - kept)
     if stale:
@@ -385,7 +394,7 @@ def _difference(
     if kept:
         rows.relabelled.append(document | {f"new_{name}": value for name, value in labels.items()})
     rows.replaced.append(document | {f"new_{name}": value for name, value in (plan.row() | labels).items()})
-    return Outcome(draft.id, "updated", before.version + 1, embedded=len(fresh), reused=len(kept), removed=len(stale))
+    return Outcome(draft.id, "updated", before.version + 1, now, len(fresh), len(kept), len(stale))
 
 
 async def _create(connection: AsyncConnection, tenant_id: str, plans: list[_Plan], now: datetime) -> set[str]:

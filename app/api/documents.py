@@ -1,7 +1,8 @@
 """Documents over HTTP: put one or many, read, list, delete."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import datetime
+from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,13 +14,15 @@ from litestar.params import Body, HeaderParameter, PathParameter, QueryParameter
 from msgspec import Meta, Struct
 
 from app import documents, tenants, upsert
-from app.api import problems
+from app.api import operations, problems
 from app.api.paths import decoded
+from app.api.preconditions import Precondition, quoted
 from app.api.search import TenantId, conditions
 from app.api.service import Service
 from app.documents import Document
 from app.drafts import MAX_ID_BYTES, Draft, check_range, check_text
 from app.errors import BadInput
+from app.tags import tag
 from app.upsert import Outcome
 
 MAX_BATCH_BODY = 64_000_000
@@ -33,9 +36,22 @@ CreatedAt = Annotated[datetime | None, Meta(description="With time zone. Left ou
 Embedding = Annotated[
     list[float] | None, Meta(description="A vector of the database's model; the text is then one chunk.")
 ]
-IfMatch = Annotated[str | None, HeaderParameter(name="If-Match", description='Write only over this version, e.g. "3".')]
+IfMatch = Annotated[
+    str | None,
+    HeaderParameter(
+        name="If-Match", description="Act only on the document with one of these ETags; * for any document."
+    ),
+]
+IfNoneMatch = Annotated[
+    str | None,
+    HeaderParameter(
+        name="If-None-Match", description="Not if the document has one of these ETags; * for any document."
+    ),
+]
 IdPath = Annotated[str, PathParameter(description="The id, percent-encoded; slashes may stand as they are.")]
-TenantQuery = Annotated[str, QueryParameter(name="tenant_id", description="Whose document.")]
+TenantQuery = Annotated[
+    str, QueryParameter(name="tenant_id", description="Whose document.", schema_extra={"pattern": tenants.PATTERN})
+]
 
 
 class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -163,15 +179,6 @@ _SUMMARY: dict[str, Any] = {
 _WHOLE = DocumentWhole(**_SUMMARY, content=_PUT.content, chunks=[ChunkPlace(0, 0)])
 
 
-def _version(if_match: str | None) -> int | None:
-    if if_match is None:
-        return None
-    text = if_match.strip().removeprefix("W/").strip('"')
-    if text == "*" or not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise BadInput("If-Match", f'{if_match[:40]!r} is not allowed; allowed: one version such as "3"')
-    return int(text)
-
-
 def _stored(outcome: Outcome) -> Stored:
     counts = ChunkCounts(outcome.embedded, outcome.reused, outcome.removed)
     return Stored(outcome.id, outcome.status, outcome.version, counts)
@@ -186,7 +193,7 @@ def _summary(tenant_id: str, document: Document) -> dict[str, Any]:
 
 
 async def _put(
-    service: Service, tenant_id: str, drafts: Sequence[Draft], if_version: int | None = None
+    service: Service, tenant_id: str, drafts: Sequence[Draft], expected: Container[str | None] | None = None
 ) -> list[Outcome]:
     tenants.check(tenant_id)
     return await upsert.put(
@@ -195,7 +202,7 @@ async def _put(
         service.settings,
         tenant_id,
         drafts,
-        if_version=if_version,
+        expected=expected,
         token_limit=service.settings.request_tokens,
     )
 
@@ -205,7 +212,8 @@ async def _put(
     operation_id="put_document",
     summary="Store one document",
     tags=["documents"],
-    responses=problems.DOCUMENTED
+    operation_class=operations.Tagged,
+    responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY, HTTPStatus.PRECONDITION_FAILED)
     | {
         200: ResponseSpec(Stored, description="Updated or unchanged", examples=[Example("stored", value=_STORED)]),
         201: ResponseSpec(Stored, description="Created", examples=[Example("created", value=_STORED)]),
@@ -216,13 +224,16 @@ async def put_document(
     document_id: IdPath,
     data: Annotated[PutDocument, Body(examples=[Example("a document", value=_PUT)])],
     if_match: IfMatch = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response[Stored]:
     """Cut, embed and store. The same document again writes nothing; unchanged chunks keep their rows."""
     fields = msgspec.structs.asdict(data)
     tenant_id = fields.pop("tenant_id")
-    (outcome,) = await _put(service, tenant_id, [Draft(id=decoded(document_id), **fields)], _version(if_match))
+    draft = Draft(id=decoded(document_id), **fields)
+    (outcome,) = await _put(service, tenant_id, [draft], Precondition(if_match, if_none_match))
     status = 201 if outcome.status == "created" else 200
-    return Response(_stored(outcome), status_code=status, headers={"ETag": f'"{outcome.version}"'})
+    headers = {"ETag": quoted(tag(outcome.version, outcome.updated_at))}
+    return Response(_stored(outcome), status_code=status, headers=headers)
 
 
 @post(
@@ -232,7 +243,8 @@ async def put_document(
     tags=["documents"],
     status_code=200,
     request_max_body_size=MAX_BATCH_BODY,
-    responses=problems.DOCUMENTED
+    operation_class=operations.Described,
+    responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
     | {200: ResponseSpec(StoredAll, description="Stored", examples=[Example("stored", value=StoredAll([_STORED]))])},
 )
 async def put_documents(
@@ -257,7 +269,13 @@ async def put_documents(
 ) -> StoredAll:
     """The item at fault is named, `documents[3].content`, and then none is written."""
     drafts = [Draft(**msgspec.structs.asdict(item)) for item in data.documents]
-    return StoredAll([_stored(outcome) for outcome in await _put(service, data.tenant_id, drafts)])
+    tenants.check(data.tenant_id)
+    try:
+        outcomes = await _put(service, data.tenant_id, drafts)
+    except BadInput as fault:
+        # A put of one document names its fields without the item.
+        raise (fault.under("documents[0]") if len(drafts) == 1 else fault) from None
+    return StoredAll([_stored(outcome) for outcome in outcomes])
 
 
 @get(
@@ -265,20 +283,28 @@ async def put_documents(
     operation_id="get_document",
     summary="Read one document whole",
     tags=["documents"],
-    responses=problems.DOCUMENTED
-    | {200: ResponseSpec(DocumentWhole, description="The document", examples=[Example("read", value=_WHOLE)])},
+    operation_class=operations.Tagged,
+    responses=problems.documented(HTTPStatus.NOT_FOUND)
+    | {
+        200: ResponseSpec(DocumentWhole, description="The document", examples=[Example("read", value=_WHOLE)]),
+        304: ResponseSpec(None, description="If-None-Match names the ETag it has"),
+    },
 )
 async def get_document(
-    service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery
-) -> Response[DocumentWhole]:
+    service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery, if_none_match: IfNoneMatch = None
+) -> Response[DocumentWhole | None]:
     """The text exactly as it was put, with the places of its chunks."""
+    unseen = Precondition(if_none_match=if_none_match)
     document = await documents.get(service.database, tenants.check(tenant_id), decoded(document_id))
+    current = tag(document.version, document.updated_at)
+    if current not in unseen:
+        return Response(None, status_code=304, headers={"ETag": quoted(current)})
     whole = DocumentWhole(
         **_summary(tenant_id, document),
         content=document.content or "",
         chunks=[ChunkPlace(index, start) for index, start in enumerate(document.start_offsets)],
     )
-    return Response(whole, headers={"ETag": f'"{document.version}"'})
+    return Response(whole, headers={"ETag": quoted(current)})
 
 
 MetadataQuery = Annotated[
@@ -287,6 +313,13 @@ MetadataQuery = Annotated[
 DocTypeQuery = Annotated[list[str] | None, QueryParameter(name="doc_type", description="One of these types.")]
 
 
+# The range is checked in the handler, whose message names both ends.
+Limit = Annotated[
+    int,
+    QueryParameter(
+        description=f"Documents a page, 1 to {MAX_PAGE:,}.", schema_extra={"minimum": 1, "maximum": MAX_PAGE}
+    ),
+]
 AfterQuery = Annotated[
     datetime | None, QueryParameter(description="created_at at or after this moment (with time zone).")
 ]
@@ -298,7 +331,7 @@ def _metadata(text: str | None) -> dict[str, Any]:
         return {}
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeEncodeError):
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         raise BadInput("metadata", 'is not a JSON object; allowed: conditions such as {"lang": "en"}') from None
 
 
@@ -307,7 +340,8 @@ def _metadata(text: str | None) -> dict[str, Any]:
     operation_id="list_documents",
     summary="List documents by id",
     tags=["documents"],
-    responses=problems.DOCUMENTED
+    operation_class=operations.Described,
+    responses=problems.documented()
     | {
         200: ResponseSpec(
             DocumentPage,
@@ -319,7 +353,7 @@ def _metadata(text: str | None) -> dict[str, Any]:
 async def list_documents(
     service: NamedDependency[Service],
     tenant_id: TenantQuery,
-    limit: Annotated[int, QueryParameter(description=f"Documents a page, 1 to {MAX_PAGE:,}.")] = 100,
+    limit: Limit = 100,
     after: Annotated[str | None, QueryParameter(description="`next` of the page before.")] = None,
     doc_type: DocTypeQuery = None,
     metadata: MetadataQuery = None,
@@ -346,14 +380,15 @@ async def list_documents(
     summary="Delete one document",
     tags=["documents"],
     status_code=204,
-    responses=problems.DOCUMENTED,
+    operation_class=operations.Described,
+    responses=problems.documented(HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED),
 )
 async def delete_document(
     service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery, if_match: IfMatch = None
 ) -> None:
     """Text, chunks and vectors go in one transaction."""
     await documents.remove(
-        service.database, tenants.check(tenant_id), decoded(document_id), if_version=_version(if_match)
+        service.database, tenants.check(tenant_id), decoded(document_id), expected=Precondition(if_match)
     )
 
 
@@ -363,7 +398,8 @@ async def delete_document(
     summary="Delete the documents that match a filter",
     tags=["documents"],
     status_code=200,
-    responses=problems.DOCUMENTED
+    operation_class=operations.Described,
+    responses=problems.documented()
     | {200: ResponseSpec(Deleted, description="Deleted", examples=[Example("deleted", value=Deleted(12))])},
 )
 async def delete_documents(

@@ -1,10 +1,11 @@
-"""Request heads that come too slowly or are too large."""
+"""Connections: request heads that come too slowly or are too large, answers that nobody reads."""
 
 import asyncio
 from http import HTTPStatus
 
-import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.api import problems
 
 MAX_HEAD = 65_536
 """Bytes of a request line with its headers."""
@@ -16,12 +17,16 @@ KEEP_ALIVE = 75
 class HeadLimits(HttpToolsProtocol):
     """A uvicorn connection that must bring the head of each request in time and within MAX_HEAD bytes.
 
-    uvicorn has neither limit (issue 157 there): its one time-out is for idle connections, and any byte ends that.
+    One that takes none of an answer for `write_timeout` seconds is cut: what makes the answer waits for it and would
+    wait for ever. uvicorn has none of these limits (issue 157 there): its one time-out is for idle connections, and any
+    byte ends that.
     """
 
-    def __init__(self, header_timeout: float, **given: object) -> None:
+    def __init__(self, header_timeout: float, write_timeout: float, **given: object) -> None:
         super().__init__(**given)  # type: ignore[arg-type]
         self._header_timeout = header_timeout
+        self._write_timeout = write_timeout
+        self._unread: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._in_head = False
         self._told = self._held = 0
@@ -39,7 +44,24 @@ class HeadLimits(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Expect nothing more."""
         self._expect_head(None)
+        self._expect_reading(None)
         super().connection_lost(exc)
+
+    def _expect_reading(self, seconds: float | None) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+        # Closing would wait until what is written has been read.
+        self._unread = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """Expect the client to read: what was written fills the buffers."""
+        super().pause_writing()
+        self._expect_reading(self._write_timeout)
+
+    def resume_writing(self) -> None:
+        """Expect nothing: it has read."""
+        self._expect_reading(None)
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         """Expect the rest of a head, unless a request is being answered; the first is expected already."""
@@ -91,10 +113,9 @@ class HeadLimits(HttpToolsProtocol):
         if max(self._told, self._held) > MAX_HEAD:
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             detail = f"request line and headers are too large; allowed: at most {MAX_HEAD} bytes"
-        problem = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail}
-        body = msgspec.json.encode(problem)
+        body = problems.encoded(status, detail)
         self.transport.write(
-            f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/problem+json\r\n"
+            f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: {problems.MEDIA_TYPE}\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
             + body
         )

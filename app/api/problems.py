@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from litestar.exceptions import HTTPException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
+from litestar.types import Send
 from msgspec import Struct
 
 from app import errors
+from app.api import faults
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ STATUS: Mapping[type[errors.PgrecallError], HTTPStatus] = {
 }
 """The nearest entry in an error's ancestry decides."""
 
-
+MEDIA_TYPE = "application/problem+json"
+_IN_THE_LOG = "something unexpected went wrong; the log has it under this request's X-Request-ID"
 _MISSING = re.compile(r"^Missing required \w+ parameter '([^']+)'")
 """Litestar names a missing parameter in its message only."""
 
@@ -39,102 +43,154 @@ def _type(name: str) -> str:
 
 
 def _ours(error: errors.PgrecallError) -> ProblemDetailsException:
-    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    extra: dict[str, Any] = {}
-    if isinstance(error, errors.BadInput) and error.field:
-        extra["field"] = error.field
+    if isinstance(error, errors.BadInput):
+        return _refused([error])
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.Unavailable) else None
+    return _problem(error, str(error), headers)
+
+
+def _refused(found: list[errors.BadInput]) -> ProblemDetailsException:
+    listed = [Fault(each.field, each.fault) for each in found]
+    extra = {"faults": listed} | ({"field": found[0].field} if found[0].field else {})
+    return _problem(found[0], "; ".join(map(str, found)), None, extra)
+
+
+def _problem(
+    error: errors.PgrecallError, detail: str, headers: dict[str, str] | None, extra: dict[str, Any] | None = None
+) -> ProblemDetailsException:
     return ProblemDetailsException(
-        status_code=status,
+        status_code=next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS),
         type_=_type(type(error).__name__),
         title=(type(error).__doc__ or "").split("\n", 1)[0].rstrip("."),
-        detail=str(error),
+        detail=detail,
         headers=headers,
-        extra=extra or None,
+        extra=extra,
     )
 
 
 def _frameworks(error: HTTPException) -> ProblemDetailsException:
     if isinstance(error, ProblemDetailsException):
         return error
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        return _refused(_found(error))
     status = HTTPStatus(error.status_code)
-    detail, extra = error.detail, {}
-    found = error.extra if isinstance(error.extra, list) else []
-    missing = _MISSING.search(detail)
-    if missing:
-        found = [{"key": missing[1], "message": "is missing"}]
-    faults = [
-        {"field": fault.get("key", ""), "fault": fault["message"]}
-        for fault in found
-        if isinstance(fault, dict) and "message" in fault
-    ]
-    if faults:
-        detail = "; ".join(
-            f"{fault['field']}: {fault['fault']}" if fault["field"] else fault["fault"] for fault in faults
-        )
-        extra = {"field": faults[0]["field"], "faults": faults}
     return ProblemDetailsException(
-        status_code=status,
-        type_=_type(status.phrase.title().replace(" ", "").replace("-", "")),
-        title=status.phrase,
-        detail=detail,
-        headers=error.headers,
-        extra=extra or None,
+        status_code=status, type_=_phrase(status), title=status.phrase, detail=error.detail, headers=error.headers
     )
 
 
-def _not_utf8(_: UnicodeDecodeError) -> ProblemDetailsException:
-    # Litestar's JSON decoder lets this one through.
-    return _ours(errors.BadInput("", "the body is not UTF-8; allowed: JSON in UTF-8"))
+def _phrase(status: HTTPStatus) -> str:
+    return _type(status.phrase.title().replace(" ", "").replace("-", ""))
 
 
-def _too_deep(_: RecursionError) -> ProblemDetailsException:
-    return _ours(errors.BadInput("", "the body is nested too deeply; allowed: JSON of a few levels"))
+def _found(error: HTTPException) -> list[errors.BadInput]:
+    if missing := _MISSING.search(error.detail):
+        return [errors.BadInput(missing[1], "is missing; it is required")]
+    listed = error.extra if isinstance(error.extra, list) else []
+    return [
+        errors.BadInput(each.get("key", ""), faults.worded(each["message"]))
+        for each in listed
+        if isinstance(each, dict) and "message" in each
+    ] or [errors.BadInput("", error.detail)]
+
+
+async def send(send: Send, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    """Answer with a problem where there is no application to do it."""
+    body = encoded(status, detail)
+    said = {"Content-Type": MEDIA_TYPE, "Content-Length": str(len(body)), **(headers or {})}
+    listed = [(name.lower().encode(), value.encode()) for name, value in said.items()]
+    await send({"type": "http.response.start", "status": status, "headers": listed})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def encoded(status: HTTPStatus, detail: str) -> bytes:
+    """A problem's JSON."""
+    if status == HTTPStatus.BAD_REQUEST:
+        return msgspec.json.encode(_sample(status, errors.BadInput("", detail)))
+    return msgspec.json.encode(Problem(_phrase(status), status.phrase, status, detail))
 
 
 def _unexpected(error: Exception) -> ProblemDetailsException:
     if isinstance(error, ValueError) and str(error).endswith("is out of range"):
-        # msgspec takes a number for a moment and lets datetime's complaint through.
+        # msgspec takes a number in a query parameter for a moment and lets datetime's complaint through.
         return _ours(errors.BadInput("", f"a moment's {error}; allowed: ISO 8601 such as 2026-01-31T12:00:00Z"))
     log.error("unexpected error", exc_info=error)
-    return ProblemDetailsException(
-        status_code=HTTPStatus.INTERNAL_SERVER_ERROR,
-        type_=_type("InternalServerError"),
-        title=HTTPStatus.INTERNAL_SERVER_ERROR.phrase,
-        detail="something unexpected went wrong; the log has it under this request's X-Request-ID",
-    )
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    return ProblemDetailsException(status_code=status, type_=_phrase(status), title=status.phrase, detail=_IN_THE_LOG)
+
+
+class Fault(Struct):
+    """`field` is the path of a value, such as documents[3].content, a parameter or a header; empty for the whole body."""
+
+    field: str
+    fault: str
 
 
 class Problem(Struct, omit_defaults=True):
-    """RFC 9457. `field` names the value at fault, where one is."""
+    """RFC 9457. Where the request is at fault `faults` holds what was found, and `field` is the first one's."""
 
     type: str
     title: str
     status: int
     detail: str
     field: str | None = None
+    faults: list[Fault] | None = None
 
 
-def _documented(status: HTTPStatus, error: errors.PgrecallError) -> ResponseSpec:
-    found = _ours(error)
-    example = Problem(found.type_ or "", found.title or "", status, found.detail, getattr(error, "field", None))
-    return ResponseSpec(
-        Problem,
-        description=status.phrase,
-        media_type="application/problem+json",
-        generate_examples=False,
-        examples=[Example(status.phrase, value=example)],
-    )
+def _sample(status: HTTPStatus, error: errors.PgrecallError) -> Problem:
+    made = _ours(error)
+    return Problem(made.type_ or "", made.title or "", status, made.detail, **(made.extra or {}))  # type: ignore[arg-type]
 
 
-DOCUMENTED = {
-    status.value: _documented(status, error)
+_EXAMPLES: Mapping[HTTPStatus, Problem] = {
+    status: _sample(status, error)
     for status, error in (
-        (HTTPStatus.BAD_REQUEST, errors.BadInput("top_k", "Expected `int` <= 100")),
+        (HTTPStatus.BAD_REQUEST, errors.BadInput("top_k", "is 500; allowed: 1 to 100")),
+        (HTTPStatus.NOT_FOUND, errors.NotFound("there is no document 'faq/password' in tenant 'acme'")),
+        (HTTPStatus.PRECONDITION_FAILED, errors.VersionConflict()),
+        (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, errors.TooLarge("id", "is 600 bytes; allowed: 1 to 512 bytes in UTF-8")),
+        (HTTPStatus.BAD_GATEWAY, errors.EmbeddingFailed()),
         (HTTPStatus.SERVICE_UNAVAILABLE, errors.PoolExhausted()),
+        (HTTPStatus.GATEWAY_TIMEOUT, errors.TimedOut()),
+    )
+} | {
+    status: Problem(_phrase(status), status.phrase, status, detail)
+    for status, detail in (
+        (HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive whole within 60 seconds"),
+        (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be application/json, and Content-Type say so"),
+        (HTTPStatus.MISDIRECTED_REQUEST, "Host: 'example.com' is not served here"),
+        (HTTPStatus.INTERNAL_SERVER_ERROR, _IN_THE_LOG),
     )
 }
-"""Problems any route may answer with; the rest differ in `type` and `status` only."""
+
+BODY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+"""Of routes that take a body."""
+
+_ANY = (
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.MISDIRECTED_REQUEST,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
+
+
+def documented(*more: HTTPStatus) -> dict[int, ResponseSpec]:
+    """The problems of a route: those of every route, and more."""
+    return {
+        status.value: ResponseSpec(
+            Problem,
+            description=status.phrase,
+            media_type=MEDIA_TYPE,
+            generate_examples=False,
+            examples=[Example(status.phrase, value=_EXAMPLES[status])],
+        )
+        for status in sorted((*_ANY, *more))
+    }
+
+
+DOCUMENTED = documented()
 
 
 def _logged(error: errors.PgrecallError) -> ProblemDetailsException:
@@ -151,8 +207,6 @@ plugin = ProblemDetailsPlugin(
         exception_to_problem_detail_map={
             errors.PgrecallError: _logged,
             HTTPException: _frameworks,
-            UnicodeDecodeError: _not_utf8,
-            RecursionError: _too_deep,
             Exception: _unexpected,
         }
     )

@@ -1,12 +1,15 @@
 """`POST /rag`: an answer from the documents with `[Source N]` citations, whole or streamed."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Annotated, Any
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from litestar import Response, post
+from litestar import Request, Response, post
 from litestar.di import NamedDependency
+from litestar.exceptions import ClientException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Body
@@ -14,7 +17,7 @@ from litestar.response import Stream
 from msgspec import Meta, Struct
 
 from app import rag, search
-from app.api import problems
+from app.api import operations, problems
 from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, asked
 from app.api.service import Service
 from app.chat import Usage
@@ -22,6 +25,7 @@ from app.drafts import check_text
 from app.rag import Done, Event, Failed, Given, Source, Token, Used
 
 MAX_PROMPT_BYTES = 32_000
+T = TypeVar("T")
 
 
 class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -68,10 +72,12 @@ _ANSWER = RagResponse(
     summary="Answer a question from the documents",
     tags=["rag"],
     status_code=200,
-    responses=problems.DOCUMENTED
+    operation_class=operations.Streamed,
+    responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
     | {200: ResponseSpec(RagResponse, description="The answer", examples=[Example("answer", value=_ANSWER)])},
 )
 async def answer_question(
+    request: Request[Any, Any, Any],
     service: NamedDependency[Service],
     data: Annotated[RagRequest, Body(examples=[Example("a question", value=_ASKED)])],
 ) -> Response[Any]:
@@ -102,8 +108,27 @@ async def answer_question(
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-    answer = await rag.answer(*parts, **options)
+    answer = await _attended(request, rag.answer(*parts, **options))
     return Response(RagResponse(answer.answer, answer.sources, answer.cited, answer.model, answer.usage))
+
+
+async def _attended(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """Do the work as long as the client is there: a model is not to write what nobody will read."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientException("the client went away")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait((working, leaving))
 
 
 async def _sent(events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:

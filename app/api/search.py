@@ -2,6 +2,7 @@
 
 import time
 from datetime import datetime
+from http import HTTPStatus
 from typing import Annotated, Any, Literal, Protocol
 
 from litestar import post
@@ -12,7 +13,7 @@ from litestar.params import Body
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from app import explanation, filters, scans, search, tenants
-from app.api import problems
+from app.api import operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
 from app.drafts import check_moment, check_range, check_text, check_vector
@@ -22,14 +23,27 @@ from app.search import Hit, Options, Scan
 
 MAX_DOC_TYPES = 1_000
 
-TenantId = Annotated[str, Meta(description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.")]
-# Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed.
+TenantId = Annotated[
+    str,
+    Meta(
+        description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.",
+        extra_json_schema={"extra": {"pattern": tenants.PATTERN}},
+    ),
+]
+# Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed. What stands in
+# `extra` is for the OpenAPI document, and for the message about another type.
 TopK = Annotated[
     int,
-    Meta(description="At most this many chunks.", extra_json_schema={"minimum": 1, "maximum": search.MAX_TOP_K}),
+    Meta(
+        description="At most this many chunks.",
+        extra_json_schema={"extra": {"minimum": 1, "maximum": search.MAX_TOP_K}},
+    ),
 ]
 Threshold = Annotated[
-    float, Meta(description="Least cosine similarity, in [-1, 1].", extra_json_schema={"minimum": -1, "maximum": 1})
+    float,
+    Meta(
+        description="Least cosine similarity, in [-1, 1].", extra_json_schema={"extra": {"minimum": -1, "maximum": 1}}
+    ),
 ]
 DocType = Annotated[
     str | list[str] | None, Meta(description="This type, or one of these; an empty list matches nothing.")
@@ -162,7 +176,8 @@ FOUND = SearchResponse(
     summary="Find the most similar chunks",
     tags=["search"],
     status_code=200,
-    responses=problems.DOCUMENTED
+    operation_class=operations.Described,
+    responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
     | {200: ResponseSpec(SearchResponse, description="Found", examples=[Example("found", value=FOUND)])},
 )
 async def search_chunks(

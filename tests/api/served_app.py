@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from litestar import Litestar, Request, get, post
-from litestar.response import ServerSentEvent
+from litestar.response import ServerSentEvent, Stream
 
 from app import server, telemetry
 from app.api import problems
 from app.api.body import BodyGuard
+from app.api.methods import Heads
 from app.errors import SetupError
 from app.settings import read
 
@@ -73,14 +74,28 @@ async def stream() -> ServerSentEvent:
     return ServerSentEvent(tokens())
 
 
+async def flood() -> AsyncIterator[bytes]:
+    try:
+        while True:
+            yield bytes(1_000_000)
+            await asyncio.sleep(0)
+    finally:
+        note("flood ended")
+
+
+@get("/flood")
+async def flooding() -> Stream:
+    return Stream(flood())
+
+
 @get(["/path", "/path/{rest:path}"])
 async def path(request: Request[Any, Any, Any]) -> str:
     return request.scope["raw_path"].decode()
 
 
 def create_app() -> Litestar:
-    return Litestar(
-        [pid, slow, length, stream, path],
+    app = Litestar(
+        [pid, slow, length, stream, flooding, path],
         lifespan=[lifespan],
         middleware=[BodyGuard(read().body_timeout)],
         plugins=[problems.plugin],
@@ -88,6 +103,8 @@ def create_app() -> Litestar:
         openapi_config=None,
         logging_config=None,
     )
+    app.asgi_handler = Heads(app.asgi_handler)
+    return app
 
 
 def main(workers: str) -> int:

@@ -1,6 +1,7 @@
 """The document routes: what they take, what they answer, what they refuse."""
 
 import json
+import re
 from urllib.parse import quote
 
 import pytest
@@ -31,7 +32,7 @@ def assert_problem(response, status, *, field=None):
 async def test_put_says_created_then_unchanged_then_updated(client):
     first = await put(client, metadata={"lang": "en"})
     assert first.status_code == 201
-    assert first.headers["etag"] == '"1"'
+    assert re.fullmatch(r'"1-[0-9a-f]+"', first.headers["etag"])
     assert first.json() == {
         "id": "faq/1",
         "status": "created",
@@ -122,6 +123,11 @@ async def test_a_batch_is_all_or_nothing_and_names_the_item(client):
         "/documents", json={"tenant_id": "acme", "documents": [good, {"id": "bad", "content": " "}]}
     )
     assert_problem(response, 400, field="documents[1].content")
+    alone = await client.post("/documents", json={"tenant_id": "acme", "documents": [{"id": "bad", "content": " "}]})
+    assert_problem(alone, 400, field="documents[0].content")
+    for bad, field in (({"id": "bad"}, "content"), (good | {"lang": "en"}, "lang"), (good | {"id": 1}, "id")):
+        response = await client.post("/documents", json={"tenant_id": "acme", "documents": [good, bad]})
+        assert_problem(response, 400, field=f"documents[1].{field}")
     assert (await client.get("/documents", params={"tenant_id": "acme"})).json() == {"documents": [], "next": None}
     response = await client.post("/documents", json={"tenant_id": "acme", "documents": [good]})
     assert response.status_code == 200
@@ -150,19 +156,19 @@ async def test_a_batch_has_at_most_1000_items(client):
         ({"doc_type": "x" * 129}, 413, "doc_type"),
         ({"created_at": "2020-01-01T00:00:00"}, 400, "created_at"),
         ({"created_at": "yesterday"}, 400, "created_at"),
-        ({"created_at": 253402300800}, 400, None),
+        ({"created_at": 253402300800}, 400, "created_at"),
         ({"embedding": [1e18] * 64}, 400, "embedding"),
         ({"embedding": [1e-30] * 64}, 400, "embedding"),
         ({"created_at": "0001-01-01T00:00:00+14:00"}, 400, "created_at"),
         ({"created_at": "9999-12-31T23:59:59-12:00"}, 400, "created_at"),
         ({"embedding": [1.0]}, 400, "embedding"),
-        ({"embedding": ["x"]}, 400, None),
+        ({"embedding": ["x"]}, 400, "embedding[0]"),
         ({"embedding": [0.0] * 64}, 400, "embedding"),
         ({"embedding": [1e300] * 64}, 400, "embedding[0]"),
         ({"tenant_id": "no spaces"}, 400, "tenant_id"),
         ({"tenant_id": ""}, 400, "tenant_id"),
         ({"tenant_id": "x" * 129}, 400, "tenant_id"),
-        ({"contant": "misspelt"}, 400, None),
+        ({"contant": "misspelt"}, 400, "contant"),
     ],
 )
 async def test_bad_input_is_a_problem_that_names_the_field_and_nothing_is_written(client, owner, change, status, field):
@@ -204,16 +210,50 @@ async def test_too_many_tokens_for_one_request_are_413(client, app):
     assert "PGRECALL_REQUEST_TOKENS" in body["detail"]
 
 
+PATH = "/documents/faq%2F1"
+TENANT = {"tenant_id": "acme"}
+
+
 async def test_if_match_guards_put_and_delete(client):
-    await put(client)
-    path = "/documents/faq%2F1"
-    body = {"tenant_id": "acme", "content": "two"}
-    assert (await client.put(path, json=body, headers={"If-Match": '"1"'})).headers["etag"] == '"2"'
-    assert_problem(await client.put(path, json=body | {"content": "three"}, headers={"If-Match": '"1"'}), 412)
-    assert_problem(await client.put("/documents/new", json=body, headers={"If-Match": '"1"'}), 412)
-    assert_problem(await client.put(path, json=body, headers={"If-Match": "banana"}), 400, field="If-Match")
-    assert_problem(await client.delete(path, params={"tenant_id": "acme"}, headers={"If-Match": '"1"'}), 412)
-    assert (await client.delete(path, params={"tenant_id": "acme"}, headers={"If-Match": '"2"'})).status_code == 204
+    first = (await put(client)).headers["etag"]
+
+    async def write(content, if_match, path=PATH):
+        return await client.put(path, json=TENANT | {"content": content}, headers={"If-Match": if_match})
+
+    second = (await write("two", first)).headers["etag"]
+    assert second.startswith('"2-')
+    for stale in (first, f"W/{second}", '"2"', "W/" + first, f'{first}, "other"'):
+        assert_problem(await write("three", stale), 412)
+        assert_problem(await client.delete(PATH, params=TENANT, headers={"If-Match": stale}), 412)
+    for nowhere in (first, "*"):
+        assert_problem(await write("new", nowhere, "/documents/new"), 412)
+    for wrong in ("banana", "2", "", second + second, "*, *", f"w/{second}", '"open'):
+        assert_problem(await write("three", wrong), 400, field="If-Match")
+    assert (await write("two", second)).json()["status"] == "unchanged"
+    assert (await write("three", f'"x", , {second}')).json()["version"] == 3
+    assert (await write("four", "*")).json()["version"] == 4
+    fourth = (await client.get(PATH, params=TENANT)).headers["etag"]
+    assert (await client.delete(PATH, params=TENANT, headers={"If-Match": fourth})).status_code == 204
+
+
+async def test_an_etag_does_not_outlive_its_document(client):
+    first = (await put(client)).headers["etag"]
+    await client.delete(PATH, params=TENANT)
+    assert (await put(client)).json()["version"] == 1
+    assert_problem(await client.delete(PATH, params=TENANT, headers={"If-Match": first}), 412)
+
+
+async def test_if_none_match_saves_a_read_and_guards_a_creation(client):
+    etag = (await put(client)).headers["etag"]
+    for known in (etag, f"W/{etag}", f'"other",{etag}', "*"):
+        read = await client.get(PATH, params=TENANT, headers={"If-None-Match": known})
+        assert (read.status_code, read.content, read.headers["etag"]) == (304, b"", etag)
+    read = await client.get(PATH, params=TENANT, headers={"If-None-Match": '"1"'})
+    assert (read.status_code, read.headers["etag"]) == (200, etag)
+    assert_problem(await client.get(PATH, params=TENANT, headers={"If-None-Match": "1"}), 400, field="If-None-Match")
+    create = {"json": TENANT | {"content": "x"}, "headers": {"If-None-Match": "*"}}
+    assert_problem(await client.put(PATH, **create), 412)
+    assert (await client.put("/documents/new", **create)).status_code == 201
 
 
 async def test_pages_are_keyset_and_filters_apply(client):
@@ -244,6 +284,8 @@ async def test_pages_are_keyset_and_filters_apply(client):
         ({"metadata": '{"$foo": 1}'}, None),
         ({"created_after": "soon"}, "created_after"),
         ({"created_after": "2020-01-01T00:00:00"}, "created_after"),
+        ({"created_after": "253402300800"}, None),
+        ({"service": "x"}, "service"),
         ({"after": "\0"}, "after"),
         ({"created_befor": "2020-01-01T00:00:00Z"}, "created_befor"),
         ({"tenant_id": ["acme", "umbra"]}, "tenant_id"),
@@ -270,7 +312,7 @@ async def test_the_tenant_is_required_everywhere(client):
     assert_problem(await client.get("/documents"), 400, field="tenant_id")
     assert_problem(await client.get("/documents/a"), 400, field="tenant_id")
     assert_problem(await client.delete("/documents/a"), 400, field="tenant_id")
-    assert_problem(await client.post("/search", json={"query": "x"}), 400)
+    assert_problem(await client.post("/search", json={"query": "x"}), 400, field="tenant_id")
 
 
 async def test_delete_by_filter_needs_one_and_counts(client):

@@ -554,6 +554,22 @@ async def test_a_client_that_goes_away_stops_the_model(served, moment):
     assert time.monotonic() - left < 2
 
 
+@pytest.mark.parametrize("path", [CHAT, EMBEDDINGS], ids=["answering", "embedding the question"])
+async def test_a_client_that_leaves_a_whole_answer_stops_the_model(served, path):
+    served.openai.fail("hang", seconds=20, path=path)
+    async with served.client() as client:
+        asking = asyncio.create_task(post(client, question=f"Left while {path}?"))
+        await until(lambda: any(call.path == path for call in served.openai.calls))
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    left = time.monotonic()
+    (call,) = (call for call in served.openai.calls if call.path == path)
+    await ended(call)
+    assert call.disconnected
+    assert time.monotonic() - left < 5
+
+
 async def test_a_client_that_stops_reading_and_then_goes_away_stops_the_model(served):
     served.openai.answer = ["word " * 20_000] * 400
     async with served.asking() as events:

@@ -100,7 +100,10 @@ async def test_a_vector_of_ones_own_may_be_searched_with(client, corpus, openai)
         ({"top_k": 0}, "top_k"),
         ({"top_k": 101}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
+        ({"top_k": "1"}, "top_k"),
         ({"threshold": 1.5}, "threshold"),
+        ({"threshold": "0.5"}, "threshold"),
+        ({"query": None, "embedding": ["1.0"] * 64}, "embedding[0]"),
         ({"threshold": "high"}, "threshold"),
         ({"query": None, "embedding": [1.0] * 63}, "embedding"),
         ({"query": None, "embedding": [0.0] * 64}, "embedding"),
@@ -112,12 +115,42 @@ async def test_a_vector_of_ones_own_may_be_searched_with(client, corpus, openai)
         ({"created_after": "0001-01-01T00:00:00Z"}, "created_after"),
         ({"created_before": "9999-12-31T23:59:59-12:00"}, "created_before"),
         ({"tenant_id": "a b"}, "tenant_id"),
-        ({"limit": 5}, None),
+        ({"limit": 5}, "limit"),
     ],
 )
 async def test_bad_requests_name_the_field(client, change, field):
     body = {"tenant_id": "acme", "query": "x"} | change
     assert_problem(await client.post("/search", json=body), 400, field=field)
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (b'{"top_k": 1}', "tenant_id: is missing; it is required"),
+        (b'{"tenant_id": "a", "top_k": "1"}', "top_k: is a text; allowed: a whole number from 1 to 100"),
+        (
+            b'{"tenant_id": "a", "top_k": 1.5}',
+            "top_k: is a number with a fraction; allowed: a whole number from 1 to 100",
+        ),
+        (b'{"tenant_id": "a", "threshold": []}', "threshold: is a list; allowed: a number or null from -1 to 1"),
+        (b'{"tenant_id": "a", "doc_type": 5}', "doc_type: is a whole number; allowed: a text or a list or null"),
+        (b'{"tenant_id": "a", "created_after": 5}', "created_after: is a whole number; allowed: an ISO 8601 moment"),
+        (b'{"tenant_id": "a", "created_after": "soon"}', "created_after: is not a moment; allowed: an ISO 8601 moment"),
+        (b'{"tenant_id": "a", "embedding": [0, 1e999]}', "embedding[1]: is out of range; allowed: numbers"),
+        (b'{"tenant_id": "a", "limit": 5}', "limit: there is no such field; allowed: tenant_id, query, embedding"),
+        (b"[]", "the body is a list; allowed: an object"),
+        (b"", "the body is empty; allowed: a JSON object"),
+        (b"{", "the body is not JSON: Input data was truncated; allowed: a JSON object"),
+        (b"query=x", "the body is not JSON: "),
+    ],
+)
+async def test_a_body_that_cannot_be_taken_says_what_can(client, body, detail):
+    response = await client.post("/search", content=body, headers={"Content-Type": "application/json"})
+    problem = assert_problem(response, 400)
+    assert problem["detail"].startswith(detail)
+    (fault,) = problem["faults"]
+    assert (fault["field"] or None) == problem.get("field")
+    assert problem["type"] == "urn:pgrecall:problem:bad-input"
 
 
 async def test_an_unknown_operator_lists_the_known_ones(client):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -18,6 +19,7 @@ import httpx
 import pytest
 
 from app import server
+from app.api.front import hosts
 from app.api.head import MAX_HEAD
 from app.errors import SetupError
 from app.settings import Settings
@@ -137,8 +139,8 @@ def test_answers_without_naming_itself(served: Served) -> None:
 
 
 def test_a_head_that_does_not_come_is_not_waited_for(served: Served) -> None:
-    half = b"GET /pid HTTP/1.1\r\nHost: x\r\nX-Half"
-    one_and_a_half = b"GET /pid HTTP/1.1\r\nHost: x\r\n\r\nGET /pid HT"
+    half = b"GET /pid HTTP/1.1\r\nHost: localhost\r\nX-Half"
+    one_and_a_half = b"GET /pid HTTP/1.1\r\nHost: localhost\r\n\r\nGET /pid HT"
     with ExitStack() as stack:
         began = time.monotonic()
         connections = {sent: stack.enter_context(served.connect()) for sent in (b"", b"\r\n", half, one_and_a_half)}
@@ -171,7 +173,7 @@ def test_an_idle_connection_and_a_slow_answer_outlast_the_header_timeout(served:
     with served.connect() as connection:
         for seconds in (0, 1.5 * HEADER_TIMEOUT):
             time.sleep(seconds)
-            connection.sendall(f"GET /slow?seconds={seconds} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            connection.sendall(f"GET /slow?seconds={seconds} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert read_answer(connection).startswith(b"HTTP/1.1 200 ")
 
 
@@ -180,7 +182,7 @@ def test_kept_connections_answer_without_delay(served: Served) -> None:
     with served.connect() as connection:
         for _ in range(25):
             began = time.monotonic()
-            connection.sendall(b"GET /pid HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /pid HTTP/1.1\r\nHost: localhost\r\n\r\n")
             read_answer(connection)
             took.append(time.monotonic() - began)
     assert statistics.median(took) < 0.035, "Nagle's algorithm against delayed acknowledgements takes 40 ms"
@@ -189,9 +191,9 @@ def test_kept_connections_answer_without_delay(served: Served) -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /pid HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * MAX_HEAD + b"\r\n\r\n",
-        b"GET /pid HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%06d: a\r\n" % i for i in range(6_000)) + b"\r\n",
-        b"GET /pid?" + b"a" * MAX_HEAD + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /pid HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * MAX_HEAD + b"\r\n\r\n",
+        b"GET /pid HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%06d: a\r\n" % i for i in range(6_000)) + b"\r\n",
+        b"GET /pid?" + b"a" * MAX_HEAD + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ],
     ids=["one header", "many headers", "request line"],
 )
@@ -224,7 +226,9 @@ def test_a_header_without_end_is_refused_before_it_ends(served: Served) -> None:
 def test_a_large_head_within_the_limit_passes(served: Served) -> None:
     with served.connect() as connection:
         for _ in range(2):
-            connection.sendall(b"GET /pid HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (MAX_HEAD - 100) + b"\r\n\r\n")
+            connection.sendall(
+                b"GET /pid HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * (MAX_HEAD - 100) + b"\r\n\r\n"
+            )
             assert read_answer(connection).startswith(b"HTTP/1.1 200 ")
 
 
@@ -232,8 +236,8 @@ def test_a_large_head_within_the_limit_passes(served: Served) -> None:
     "request_",
     [
         b"rubbish\r\n\r\n",
-        b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /length HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /length HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     ],
     ids=["no HTTP", "two lengths", "no length"],
 )
@@ -251,12 +255,12 @@ def test_what_is_no_request_is_answered_with_a_problem(served: Served, request_:
 )
 def test_the_application_gets_the_path_as_it_was_sent(served: Served, path: str) -> None:
     with served.connect() as connection:
-        connection.sendall(f"GET {path}?q=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {path}?q=1 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert read_answer(connection).endswith(f"\r\n\r\n{path}".encode())
 
 
 def test_a_slow_body_has_its_own_timeout(served: Served) -> None:
-    head = b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nab"
+    head = b"POST /length HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nab"
     with served.connect() as patient, served.connect() as connection:
         for each in (patient, connection):
             each.sendall(head)
@@ -279,12 +283,82 @@ def test_a_client_that_sends_far_too_much_gets_to_see_why_not(served: Served, *,
 
 def test_a_stream_ends_when_its_client_goes_away(served: Served) -> None:
     with served.connect() as connection:
-        connection.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
         data = b""
         while b"first" not in data:
             data += receive(connection)
         assert "stream ended" not in served.lines()
     until(lambda: "stream ended" in served.lines())
+
+
+def test_a_client_that_does_not_read_is_hung_up_on(served: Served) -> None:
+    with served.connect() as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert receive(connection).startswith(b"HTTP/1.1 200 ")
+        assert until(lambda: "flood ended" in served.lines()) > 0.5 * BODY_TIMEOUT
+
+
+def test_head_has_the_headers_of_get_and_no_body(served: Served) -> None:
+    with served.connect() as connection:
+        head = b" /pid HTTP/1.1\r\nHost: localhost\r\n"
+        connection.sendall(b"HEAD" + head + b"\r\nGET" + head + b"Connection: close\r\n\r\n")
+        _, headed, got, body = re.split(rb"HTTP/1.1 200 OK\r\n|\r\n\r\n(?=\d)", read_on(connection))
+    assert int(body) == served.process.pid
+    assert headed.removesuffix(b"\r\n\r\n") == got.replace(b"\r\nconnection: close", b"")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "status"),
+    [
+        ((b"localhost:1",), 200),
+        ((b"LOCALHOST.",), 200),
+        ((b"127.0.0.9",), 200),
+        ((b"[::1]:8000",), 200),
+        ((b"rebound.example:8000",), 421),
+        ((b"127.0.0.1.rebound.example",), 421),
+        ((b"192.168.1.5",), 421),
+        ((b"localhost@rebound.example",), 400),
+        ((b"",), 400),
+        ((), 400),
+        ((b"localhost", b"rebound.example"), 400),
+    ],
+    ids=str,
+)
+def test_on_loopback_only_this_machine_is_a_host(served: Served, hosts: tuple[bytes, ...], status: int) -> None:
+    with served.connect() as connection:
+        lines = b"".join(b"Host: %s\r\n" % host for host in hosts)
+        connection.sendall(b"GET /pid HTTP/1.1\r\n" + lines + b"Connection: close\r\n\r\n")
+        head, _, body = read_on(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    if status != 200:
+        assert b"application/problem+json" in head
+        problem = json.loads(body)
+        assert problem["status"] == status
+        assert ("PGRECALL_ALLOWED_HOSTS" in problem["detail"]) is (status == 421)
+
+
+def test_a_request_of_http_1_0_needs_no_host(served: Served) -> None:
+    with served.connect() as connection:
+        connection.sendall(b"GET /pid HTTP/1.0\r\n\r\n")
+        assert read_on(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "listening", "allowed"),
+    [
+        (None, "127.0.0.1", set()),
+        (None, "::1", set()),
+        (None, "0.0.0.0", None),
+        (None, "::", None),
+        ("recall.internal, [2001:db8::1]", "127.0.0.1", {"recall.internal", "2001:db8::1"}),
+        ("Recall.internal", "0.0.0.0", {"recall.internal"}),
+        ("recall.internal,*", "127.0.0.1", None),
+    ],
+)
+def test_allowed_hosts_are_the_settings_or_follow_the_address(
+    setting: str | None, listening: str, allowed: set[str] | None
+) -> None:
+    assert hosts(setting, listening) == allowed
 
 
 @pytest.mark.parametrize(
@@ -314,14 +388,20 @@ def test_the_end_comes_even_when_requests_and_application_will_not_end(tmp_path:
     with (
         serve(tmp_path, PGRECALL_SHUTDOWN_TIMEOUT="1", SERVED_CLOSING=str(2 * PATIENCE)) as served,
         served.connect() as streamed,
+        served.connect() as stalled,
         ThreadPoolExecutor() as pool,
     ):
-        streamed.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        stalled.sendall(b"POST /length HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nab")
+        streamed.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert streamed.recv(65536).startswith(b"HTTP/1.1 200 ")
         answer = pool.submit(served.get, f"/slow?seconds={2 * PATIENCE}")
         until(lambda: "slow began" in served.lines())
         served.process.terminate()
-        assert answer.result().status_code == 500
+        answered = answer.result()
+        assert (answered.status_code, answered.headers["retry-after"]) == (503, "1")
+        for head, body in ((str(answered.headers), answered.text), read_on(stalled).decode().split("\r\n\r\n")):
+            assert "application/problem+json" in head
+            assert "shutting down" in json.loads(body)["detail"]
         assert served.process.wait(PATIENCE) == 1
         assert "did not close within 1 seconds" in served.errors.read_text()
     lines = served.lines()

@@ -108,7 +108,40 @@ def test_without_database_url_the_factory_says_what_to_do():
 
 async def test_unknown_routes_and_methods_are_problems(client):
     assert_problem(await client.get("/nowhere"), 404)
-    assert_problem(await client.patch("/search"), 405)
+    for path, allowed in (
+        ("/search", "OPTIONS, POST"),
+        ("/documents", "DELETE, GET, HEAD, OPTIONS, POST"),
+        ("/documents/a%2Fb", "DELETE, GET, HEAD, OPTIONS, PUT"),
+        ("/health/live", "GET, HEAD, OPTIONS"),
+    ):
+        refused = await client.patch(path)
+        assert_problem(refused, 405)
+        offered = await client.options(path, params={"any": "thing"})
+        assert (offered.status_code, offered.content) == (204, b"")
+        assert offered.headers["allow"] == refused.headers["allow"] == allowed
+
+
+async def test_head_answers_as_get_without_the_body(client):
+    await client.put("/documents/a", json={"tenant_id": "acme", "content": "text"})
+    for path in (
+        "/health/ready",
+        "/documents?tenant_id=acme",
+        "/documents/a?tenant_id=acme",
+        "/nowhere",
+        "/search",
+        "/docs",
+    ):
+        read, head = await client.get(path), await client.head(path)
+        for answer in (read, head):
+            del answer.headers["x-request-id"]
+        assert (head.status_code, head.headers, head.content) == (read.status_code, read.headers, b"")
+
+
+async def test_a_missing_table_says_what_to_run(client, owner):
+    owner.execute("alter table sources rename to sources_later")
+    owner.execute("drop view tenant_sources cascade")
+    problem = assert_problem(await client.get("/documents", params={"tenant_id": "acme"}), 503)
+    assert "pgrecall migrate" in problem["detail"]
 
 
 async def test_an_unexpected_error_is_a_problem_without_its_words(client, monkeypatch):
@@ -149,6 +182,41 @@ async def test_the_request_id_goes_in_and_out(client, given, kept):
     assert (await client.get("/nowhere")).headers["x-request-id"]
 
 
+KINDS = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+}
+
+
+def violations(document, schema, value, path="$"):
+    """Where a value is not as its JSON Schema says, for the keywords these schemas use; a field not shown is one, too."""
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for word in ("oneOf", "anyOf"):
+        if word in schema and all(list(violations(document, each, value, path)) for each in schema[word]):
+            yield f"{path} is none of {word}"
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(isinstance(value, KINDS[kind]) for kind in kinds):
+        yield f"{path} is no {kinds}"
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        yield f"{path} is {value!r}"
+    inner = []
+    if isinstance(value, dict) and "properties" in schema:
+        yield from (f"{path}.{name} is missing" for name in schema.get("required", []) if name not in value)
+        yield from (f"{path}.{name} is not documented" for name in value if name not in schema["properties"])
+        inner = [(schema["properties"].get(name, {}), each, f".{name}") for name, each in value.items()]
+    if isinstance(value, list) and "items" in schema:
+        inner = [(schema["items"], each, f"[{index}]") for index, each in enumerate(value)]
+    for schema_of, each, step in inner:
+        yield from violations(document, schema_of, each, path + step)
+
+
 class TestOpenAPI:
     """The document and its page."""
 
@@ -182,6 +250,79 @@ class TestOpenAPI:
                 errors = [r for status, r in operation["responses"].items() if status.startswith(("4", "5"))]
                 assert errors, (path, method)
                 assert all("application/problem+json" in r["content"] for r in errors)
+            if not path.startswith("/health"):
+                assert set(operation["responses"]) >= {"400", "413", "421", "500", "503", "504"}, (path, method)
+                assert "Retry-After" in operation["responses"]["503"]["headers"]
+                assert ({"408", "415", "502"} <= set(operation["responses"])) is ("requestBody" in operation)
+
+    async def test_ranges_etags_and_the_stream_are_documented(self, client):
+        document = (await client.get("/docs/openapi.json")).json()
+        schemas = document["components"]["schemas"]
+        for request in ("SearchRequest", "RagRequest"):
+            shown = schemas[request]["properties"]
+            assert (shown["top_k"]["minimum"], shown["top_k"]["maximum"]) == (1, 100)
+            assert (shown["threshold"]["minimum"], shown["threshold"]["maximum"]) == (-1, 1)
+        limit = next(p for p in document["paths"]["/documents"]["get"]["parameters"] if p["name"] == "limit")
+        assert {"minimum": 1, "maximum": 1_000}.items() <= limit["schema"].items()
+        assert {"field", "faults"} <= set(schemas["Problem"]["properties"])
+        one = document["paths"]["/documents/{document_id}"]
+        for method, statuses, conditions in (
+            ("get", {"200", "304"}, {"If-None-Match"}),
+            ("put", {"200", "201"}, {"If-Match", "If-None-Match"}),
+            ("delete", set(), {"If-Match"}),
+        ):
+            responses = one[method]["responses"]
+            assert {status for status, r in responses.items() if "ETag" in r.get("headers", {})} == statuses
+            assert {p["name"] for p in one[method]["parameters"] if p["in"] == "header"} == conditions
+            assert ("404" in responses, "412" in responses) == (method != "put", method != "get")
+        stream = document["paths"]["/rag"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+        for event in ("sources", "usage", "error", "[DONE]"):
+            assert event in stream["schema"]["description"]
+        assert stream["examples"]["answer"]["value"].endswith("data: [DONE]\n\n")
+
+    async def test_answers_are_as_documented(self, client, openai):
+        document = (await client.get("/docs/openapi.json")).json()
+        put = {"tenant_id": "acme", "content": "Garden birds sleep.", "metadata": {"a": [1, {"b": None}]}}
+        asked = {"tenant_id": "acme"}
+        one = "/documents/{document_id}"
+        openai.answer = "Yes [Source 1]."
+        calls = [
+            ("put", one, {"json": put}, 201),
+            ("put", one, {"json": put}, 200),
+            ("put", one, {"json": put | {"tenant_id": ""}}, 400),
+            ("put", one, {"json": put, "headers": {"If-Match": '"1"'}}, 412),
+            ("put", one, {"content": b"{}"}, 415),
+            ("put", one, {"json": put | {"doc_type": "x" * 129}}, 413),
+            ("get", one, {"params": asked}, 200),
+            ("get", one, {"params": asked, "headers": {"If-None-Match": "*"}}, 304),
+            ("get", one, {"params": {"tenant_id": "nobody"}}, 404),
+            ("get", one, {}, 400),
+            ("get", "/documents", {"params": asked}, 200),
+            ("post", "/documents", {"json": asked | {"documents": [{"id": "b", "content": "x"}]}}, 200),
+            ("post", "/documents", {"json": asked | {"documents": [{"id": 5}]}}, 400),
+            ("post", "/search", {"json": asked | {"query": "birds"}}, 200),
+            ("post", "/search", {"json": asked | {"query": "birds", "top_k": "1"}}, 400),
+            ("post", "/rag", {"json": asked | {"question": "birds?"}}, 200),
+            ("post", "/rag", {"json": asked | {"question": "birds?", "stream": True}}, 200),
+            ("delete", one, {"params": asked}, 204),
+            ("delete", "/documents", {"params": asked}, 400),
+            ("delete", "/documents", {"params": asked | {"doc_type": "none"}}, 200),
+            ("get", "/health/live", {}, 200),
+            ("get", "/health/ready", {}, 200),
+        ]
+        for method, path, given, status in calls:
+            answer = await client.request(method.upper(), path.replace("{document_id}", "a"), **given)
+            assert answer.status_code == status, (method, path, answer.text)
+            documented = document["paths"][path][method]["responses"][str(status)]
+            for name in documented.get("headers", {}):
+                assert name in answer.headers, (method, path, name)
+            if "content" in documented:
+                kind = answer.headers["content-type"].partition(";")[0]
+                schema = documented["content"][kind]["schema"]
+                said = answer.text if kind == "text/event-stream" else answer.json()
+                assert list(violations(document, schema, said)) == [], (method, path, status)
+            else:
+                assert answer.content == b""
 
     async def test_the_page_loads_nothing_from_elsewhere(self, client):
         page = await client.get("/docs")

@@ -12,6 +12,7 @@ from app import cache, documents, filters
 from app.conditions import Conditions
 from app.drafts import Draft
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, VersionConflict
+from app.tags import tag
 from app.upsert import put
 
 PROSE = " ".join(
@@ -270,13 +271,18 @@ async def test_more_tokens_than_allowed_are_refused_before_any_is_paid(write, op
     assert openai.calls == []
 
 
-async def test_if_version_guards_a_write(write):
-    await write(Draft("a", "one"))
-    assert (await write(Draft("a", "two"), if_version=1))[0].version == 2
-    with pytest.raises(VersionConflict, match="the stored version is 2, not 1"):
-        await write(Draft("a", "three"), if_version=1)
-    with pytest.raises(VersionConflict, match="none"):
-        await write(Draft("b", "new"), if_version=1)
+async def test_a_write_may_name_the_states_it_expects(write, owner):
+    (created,) = await write(Draft("a", "one"), expected={None})
+    first = {tag(1, created.updated_at)}
+    (updated,) = await write(Draft("a", "two"), expected=first)
+    assert updated.version == 2
+    stored = owner.execute("select updated_at from sources where id = 'a'").fetchone()
+    assert stored == (updated.updated_at,)
+    for expected in (first, {None}):
+        with pytest.raises(VersionConflict, match="version 2 of this document is stored"):
+            await write(Draft("a", "three"), expected=expected)
+    with pytest.raises(VersionConflict, match="no version"):
+        await write(Draft("b", "new"), expected=first)
 
 
 async def test_a_failing_model_leaves_nothing_and_the_retry_pays_only_for_the_rest(write, owner, openai):

@@ -26,6 +26,7 @@ def test_defaults_need_no_environment():
         ({"PGRECALL_PREPARED_STATEMENTS": "perhaps"}, ["PGRECALL_PREPARED_STATEMENTS", "true or false"]),
         ({"DATABASE_URL": "mysql://u:hidden@h/d"}, ["DATABASE_URL", "postgresql://"]),
         ({"OPENAI_BASE_URL": "localhost"}, ["OPENAI_BASE_URL", "http(s)://"]),
+        ({"PGRECALL_ALLOWED_HOSTS": "a, http://b"}, ["PGRECALL_ALLOWED_HOSTS", "commas between; or *"]),
         ({"PGRECALL_POOLSIZE": "3"}, ["PGRECALL_POOLSIZE", "no such setting"]),
         ({"PGRECALL_CHUNK_OVERLAP_TOKENS": "150"}, ["PGRECALL_CHUNK_OVERLAP_TOKENS", "at most half"]),
         ({"PGRECALL_EMBEDDING_DIMENSIONS": "512"}, ["PGRECALL_EMBEDDING_DIMENSIONS", "384"]),

@@ -1,0 +1,74 @@
+"""What the OpenAPI document says of a route beyond what its handler shows: headers of answers, and the stream."""
+
+from dataclasses import dataclass
+
+from litestar.openapi.spec import (
+    Example,
+    OpenAPIHeader,
+    OpenAPIMediaType,
+    OpenAPIResponse,
+    Operation,
+    Reference,
+    Schema,
+)
+from litestar.openapi.spec.enums import OpenAPIType
+
+_EVENTS = """\
+event: sources
+data: {"sources": [{"source": 1, "id": "faq/password", …}]}
+
+data: {"token": "Open Settings"}
+
+data: {"token": " and choose Security [Source 1]."}
+
+event: usage
+data: {"model": "gpt-4o-mini", "usage": {…}, "cited": [1]}
+
+data: [DONE]
+
+"""
+_STREAM = """\
+With `"stream": true`, server-sent events: `sources` first, with the sources as in the whole answer; then one without a \
+name for each piece, `{"token": …}`; then `usage`, with `model`, `usage` and `cited`, or `error`, with `title` and \
+`detail`, where the answer ends unfinished; and `data: [DONE]` last."""
+
+
+@dataclass
+class Described(Operation):
+    """A route of ours: 503 may come with Retry-After."""
+
+    def __post_init__(self) -> None:
+        self._add("503", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again, where known.")
+
+    def _response(self, status: str) -> OpenAPIResponse | None:
+        found = (self.responses or {}).get(status)
+        return found if isinstance(found, OpenAPIResponse) else None
+
+    def _add(self, status: str, name: str, kind: OpenAPIType, says: str) -> None:
+        if response := self._response(status):
+            header = OpenAPIHeader(description=says, schema=Schema(type=kind))
+            response.headers = {**(response.headers or {}), name: header}
+
+
+@dataclass
+class Tagged(Described):
+    """Answers with the document's ETag."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for status in ("200", "201", "304"):
+            self._add(status, "ETag", OpenAPIType.STRING, "Of the stored document, for If-Match and If-None-Match.")
+
+
+@dataclass
+class Streamed(Described):
+    """Answers with server-sent events on demand."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        response = self._response("200")
+        if response and response.content is not None:
+            # Without a type: to some readers a schema is the whole stream's, a text, to others that of each event.
+            schema = Schema(description=_STREAM)
+            examples: dict[str, Example | Reference] = {"answer": Example(summary="an answer", value=_EVENTS)}
+            response.content["text/event-stream"] = OpenAPIMediaType(schema=schema, examples=examples)

@@ -1,7 +1,7 @@
 # pgrecall without a database in it. docs/containers.md says how to run it.
 #
 #   docker build -t pgrecall .                             embeds through an OpenAI-compatible server
-#   docker build -t pgrecall --build-arg EXTRAS=local .    with the local model inside
+#   docker build -t pgrecall --build-arg EXTRAS=model .    with the local model inside
 
 FROM python:3.13-slim AS build
 ARG EXTRAS=""

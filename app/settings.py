@@ -17,7 +17,18 @@ LOCAL_DIMENSIONS = 384
 OPENAI_DIMENSIONS = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072, "text-embedding-ada-002": 1536}
 
 Url = Annotated[str, Meta(pattern=r"^postgres(ql)?(\+psycopg)?://", description="postgresql://…")]
-HttpUrl = Annotated[str, Meta(pattern=r"^https?://[^/ ]+", description="http(s)://…")]
+HttpUrl = Annotated[
+    str, Meta(pattern=r"^https?://[^/ ?#]+(/[^ ?#]*)?$", description="http(s)://… without a query (?…) behind the path")
+]
+Dimensions = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=4000,
+        description="a whole number from 1 to 4000, because pgvector's index takes no longer vectors (above 2000 as "
+        "halfvec); many models of more dimensions give fewer when asked",
+    ),
+]
 _HOST = r" *(\*|[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?) *"
 Hosts = Annotated[
     str, Meta(pattern=f"^{_HOST}(,{_HOST})*$", description="names and addresses without port, commas between; or *")
@@ -45,7 +56,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     openai_base_url: HttpUrl | None = None
     embedder: Literal["auto", "local", "openai"] = "auto"
     embedding_model: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
-    embedding_dimensions: Annotated[int, Meta(ge=1, le=4000)] | None = None
+    embedding_dimensions: Dimensions | None = None
     embedding_concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
     embedding_timeout: Annotated[float, Meta(gt=0, le=600)] = 30.0
     embedding_retries: Annotated[int, Meta(ge=0, le=10)] = 4
@@ -91,7 +102,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Length of an embedding."""
         if self.embedding_dimensions is not None:
             return self.embedding_dimensions
-        return OPENAI_DIMENSIONS.get(self.model, 1536) if self.uses_openai else LOCAL_DIMENSIONS
+        return OPENAI_DIMENSIONS[self.model] if self.uses_openai else LOCAL_DIMENSIONS
 
     @property
     def chat(self) -> str | None:
@@ -148,6 +159,11 @@ def _check_together(settings: Settings) -> None:
         raise WrongSetting(
             f"PGRECALL_EMBEDDING_MODEL: {LOCAL_MODEL!r} is the model inside the package; allowed with a server: one of its "
             "models, or set PGRECALL_EMBEDDER=local"
+        )
+    if settings.uses_openai and settings.embedding_dimensions is None and settings.model not in OPENAI_DIMENSIONS:
+        raise WrongSetting(
+            f"PGRECALL_EMBEDDING_DIMENSIONS: is not set, and {settings.model!r} is not known here; allowed: the length of "
+            "this model's vectors"
         )
     if not settings.uses_openai:
         if settings.embedding_dimensions not in (None, LOCAL_DIMENSIONS):

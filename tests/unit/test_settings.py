@@ -30,7 +30,15 @@ def test_defaults_need_no_environment():
         ({"PGRECALL_POOLSIZE": "3"}, ["PGRECALL_POOLSIZE", "no such setting"]),
         ({"PGRECALL_CHUNK_OVERLAP_TOKENS": "150"}, ["PGRECALL_CHUNK_OVERLAP_TOKENS", "at most half"]),
         ({"PGRECALL_EMBEDDING_DIMENSIONS": "512"}, ["PGRECALL_EMBEDDING_DIMENSIONS", "384"]),
-        ({"PGRECALL_EMBEDDING_DIMENSIONS": "4001", "OPENAI_API_KEY": "k"}, ["PGRECALL_EMBEDDING_DIMENSIONS", "4000"]),
+        (
+            {"PGRECALL_EMBEDDING_DIMENSIONS": "4096", "OPENAI_API_KEY": "k"},
+            ["PGRECALL_EMBEDDING_DIMENSIONS", "'4096'", "1 to 4000", "pgvector's index takes no longer vectors"],
+        ),
+        (
+            {"OPENAI_BASE_URL": "http://h/v1", "PGRECALL_EMBEDDING_MODEL": "bge-m3"},
+            ["PGRECALL_EMBEDDING_DIMENSIONS", "'bge-m3'", "is not set", "the length of this model's vectors"],
+        ),
+        ({"OPENAI_BASE_URL": "https://h/deployments/d?api-version=1"}, ["OPENAI_BASE_URL", "without a query"]),
         ({"PGRECALL_EMBEDDING_MODEL": "x"}, ["PGRECALL_EMBEDDING_MODEL", "OPENAI_API_KEY"]),
         ({"PGRECALL_CHUNK_MAX_TOKENS": "255"}, ["PGRECALL_CHUNK_MAX_TOKENS", "16 to 254"]),
     ],
@@ -45,7 +53,7 @@ def test_a_wrong_value_names_the_setting_the_fault_and_what_is_allowed(environme
 
 @pytest.mark.parametrize("field", [field.name for field in msgspec.structs.fields(Settings)])
 def test_every_setting_can_be_set(field):
-    base = {"OPENAI_API_KEY": "k"}
+    base = {"OPENAI_API_KEY": "k", "PGRECALL_EMBEDDING_DIMENSIONS": "8"}
     seen = set()
     for text in ("postgresql://u@h/d", "http://h/v1", "openai", "debug", "x", "7", "120", "2000", "0.25", "false"):
         with contextlib.suppress(WrongSetting):

@@ -117,18 +117,33 @@ def parser() -> argparse.ArgumentParser:
         scorecard.evaluate,
         "Measure the search against queries whose documents are known.",
         "pgrecall evaluate judged.jsonl --tenant acme --fail-under recall@10=0.8",
-        "pgrecall evaluate beir/scifact --per-query",
+        "pgrecall evaluate beir/scifact --report report.html --save today.json",
+        "pgrecall evaluate beir/scifact --report report.html --compare yesterday.json",
+        "pgrecall evaluate --ann --tenant acme --fail-under recall@10=0.95",
     )
     judged.add_argument(
         "path",
         type=Path,
+        nargs="?",
         help="JSONL file of {query, expected_doc_ids, tenant_id}, or folder with corpus.jsonl, queries.jsonl and qrels.tsv",
     )
     judged.add_argument(
-        "--tenant", help="tenant of the lines that name none; of a folder's documents (eval- and the folder's name)"
+        "--tenant",
+        help="tenant of the lines that name none; of a folder's documents (eval- and the folder's name); with --ann, to sample (all)",
     )
     judged.add_argument(
         "-k", type=_whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
+    )
+    judged.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page to look at")
+    judged.add_argument("--save", type=Path, metavar="FILE", help="write the results as JSON, to compare with later")
+    judged.add_argument(
+        "--compare", type=Path, metavar="FILE", help="compare with a run of the same queries, by --save"
+    )
+    judged.add_argument(
+        "--ann", action="store_true", help="instead of judged queries: stored vectors, served against exact search"
+    )
+    judged.add_argument(
+        "--sample", type=_whole(2, 100_000), default=200, metavar="N", help="so many vectors, with --ann (200)"
     )
     judged.add_argument("--per-query", action="store_true", help="every query's figures too, the worst first")
     judged.add_argument(

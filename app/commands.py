@@ -330,15 +330,19 @@ async def _status(config: Settings) -> dict[str, Any]:
         recorded = await model.recorded(database)
     finally:
         await database.close()
-    with connect(config.database_url or "") as connection, connection.transaction():
-        connection.execute("select set_config('role', %s, true)", (roles.WORKER,))
-        rows = connection.cursor(row_factory=dict_row).execute(STATUS).fetchall()
     return {
         "revision": revision,
         "embedding_model": recorded.name,
         "embedding_dimensions": recorded.dimensions,
-        "tenants": rows,
+        "tenants": stored(config),
     }
+
+
+def stored(config: Settings) -> list[dict[str, Any]]:
+    """How much each tenant has: the rows of STATUS."""
+    with connect(config.database_url or "") as connection, connection.transaction():
+        connection.execute("select set_config('role', %s, true)", (roles.WORKER,))
+        return connection.cursor(row_factory=dict_row).execute(STATUS).fetchall()
 
 
 def _json_object(text: str | None, option: str) -> dict[str, Any]:

@@ -1,80 +1,39 @@
-"""Judged queries -> recall@k, MRR, nDCG@k, similarity and latency of the search as it stands.
+"""Judged queries -> recall@k, MRR, nDCG@k, similarity and latency of the search as it stands, and of other settings.
 
-Queries come with the documents they should find, from a JSONL file or from a folder in the BEIR layout. A search finds
-chunks and judgements name documents, so a document is ranked by its best chunk. The measures are trec_eval's.
+A search finds chunks and judgements name documents, so a document is ranked by its best chunk. The measures are
+trec_eval's.
 """
 
 import math
-import re
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 
-from app import search, tenants
+from app import search, statistics
 from app.database import Database, rendered
-from app.drafts import Draft
 from app.embedding import Embedder
-from app.errors import BadInput, TimedOut
+from app.errors import TimedOut
+from app.judgements import Question
+from app.search import Scan
 from app.settings import Settings
-from app.tables import tenant_sources
+from app.statistics import Hits, Interval
+from app.tables import Vector, tenant_documents, tenant_sources
 
-CORPUS, QUERIES = "corpus.jsonl", "queries.jsonl"
-QRELS = ("qrels.tsv", "qrels/test.tsv")
-HEADER = "query-id\t"
+MODES = ("vector",)
+"""How a query can be searched; results are kept by mode."""
 
-Line = TypeVar("Line", bound=Struct)
+EF_SEARCH = (20, 40, 100, 200, 400)
+"""What the index is tried with, besides the ef_search that is set."""
 
-
-class JudgedLine(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One line of a JSONL file of judged queries."""
-
-    query: str
-    expected_doc_ids: list[str]
-    tenant_id: str | None = None
-
-
-class CorpusLine(Struct, kw_only=True):
-    """One document of a BEIR folder; other fields are left unread."""
-
-    id: str = msgspec.field(name="_id")
-    title: str = ""
-    text: str
-
-
-class QueryLine(Struct, kw_only=True):
-    """One query of a BEIR folder; other fields are left unread."""
-
-    id: str = msgspec.field(name="_id")
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A query and its judgements: `grades` by document, relevant above 0, at least one of them. `origin`: file and line."""
-
-    id: str
-    text: str
-    tenant_id: str
-    grades: Mapping[str, int]
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class Collection:
-    """Judged queries, and the documents to search, where they come along, which all belong to `tenant_id`."""
-
-    questions: list[Question]
-    tenant_id: str | None = None
-    drafts: Sequence[Draft] = ()
+ALL_ROWS = 2_000_000_000
+"""As PGRECALL_EXACT_ROWS: every search is exact."""
 
 
 class Judged(NamedTuple):
@@ -83,6 +42,19 @@ class Judged(NamedTuple):
     question: Question
     found: Mapping[str, float]
     milliseconds: float
+    scan: Scan = Scan("exact")
+
+    @property
+    def expected(self) -> list[str]:
+        """The relevant documents."""
+        return [document for document, grade in self.question.grades.items() if grade > 0]
+
+
+class Ranked(NamedTuple):
+    """Documents found: similarity of each one's best chunk by id, best first, and how the search was done."""
+
+    found: dict[str, float]
+    scan: Scan
 
 
 def recall(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
@@ -125,10 +97,32 @@ def mean_metrics(judged: Sequence[Judged], k: int) -> dict[str, float]:
     return {name: float(np.mean([one[name] for one in each])) for name in metric_names(k)}
 
 
-def latency(judged: Sequence[Judged]) -> dict[str, float]:
-    """Milliseconds a query took, embedding included: median and 95th percentile."""
-    p50, p95 = np.percentile([one.milliseconds for one in judged], [50, 95])
+def mean_intervals(judged: Sequence[Judged], k: int) -> dict[str, Interval]:
+    """The 95 % interval of each mean; none for a single query."""
+    if len(judged) < 2:
+        return {}
+    values = np.array([list(metrics(one, k).values()) for one in judged])
+    return dict(zip(metric_names(k), statistics.intervals(values), strict=True))
+
+
+def latency(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile of what each query took."""
+    p50, p95 = np.percentile(milliseconds, [50, 95])
     return {"p50": round(float(p50), 3), "p95": round(float(p95), 3)}
+
+
+def scans(done: Sequence[Scan]) -> dict[str, int]:
+    """How many searches were exact from the start, answered by the index, or walked it and were completed exactly."""
+    kinds = Counter("completed" if scan.completed else scan.strategy for scan in done)
+    return {kind: kinds[kind] for kind in ("exact", "index", "completed")}
+
+
+def hits(one: Judged) -> Hits:
+    """The similarities of a query's relevant and other documents found."""
+    grades = one.question.grades
+    relevant = [similarity for document, similarity in one.found.items() if grades.get(document, 0) > 0]
+    irrelevant = [similarity for document, similarity in one.found.items() if grades.get(document, 0) <= 0]
+    return Hits(relevant, irrelevant, len(one.expected))
 
 
 async def run(
@@ -138,13 +132,13 @@ async def run(
     for question in questions:
         begun = time.perf_counter()
         vector = await search.question_vector(embedder, question.text, question.origin)
-        found = await nearest_documents(database, settings, question.tenant_id, vector, k)
-        yield Judged(question, found, 1000 * (time.perf_counter() - begun))
+        found, scan = await nearest_documents(database, settings, question.tenant_id, vector, k)
+        yield Judged(question, found, 1000 * (time.perf_counter() - begun), scan)
 
 
 async def nearest_documents(
     database: Database, settings: Settings, tenant_id: str, embedding: npt.NDArray[np.float32], k: int
-) -> dict[str, float]:
+) -> Ranked:
     """The k documents with the most similar chunks, best first, and those similarities; fewer if there are not k.
 
     Raises TimedOut where a search would be short.
@@ -160,8 +154,96 @@ async def nearest_documents(
         for hit in hits:
             best.setdefault(hit.id, hit.similarity)
         if len(best) >= k or len(hits) < top_k:
-            return dict(islice(best.items(), k))
+            return Ranked(dict(islice(best.items(), k)), scan)
         top_k *= 2
+
+
+class Alternative(NamedTuple):
+    """The same queries under other settings.
+
+    `agreement`: share of the exact search's documents that are found, None where the exact search was too slow.
+    `latency_ms`: of the search alone, the query being embedded already.
+    """
+
+    name: str
+    recall: float
+    agreement: float | None
+    latency_ms: dict[str, float]
+
+
+async def alternatives(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    questions: Sequence[Question],
+    k: int,
+    advance: Callable[[], object] = lambda: None,
+) -> list[Alternative]:
+    """Recall@k and latency of the exact search, and of the index with several ef_search.
+
+    The settings take turns at each query, so that whatever else the machine does falls on all of them. One that runs
+    into the time limit is left out. `advance` is called after each query.
+    """
+    # Below top_k, which is 2 k here, ef_search has no effect.
+    widths = sorted({max(width, 2 * k) for width in (*EF_SEARCH, settings.ef_search)})
+    tried = {"exact": replace(settings, exact_rows=ALL_ROWS)} | {
+        f"ef_search {width}": replace(settings, exact_rows=0, ef_search=width) for width in widths
+    }
+    found: dict[str, list[list[str]]] = {name: [] for name in tried}
+    took: dict[str, list[float]] = {name: [] for name in tried}
+    for turn, question in enumerate(questions):
+        vector = await search.question_vector(embedder, question.text, question.origin)
+        names = list(tried)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            begun = time.perf_counter()
+            try:
+                ranked = await nearest_documents(database, tried[name], question.tenant_id, vector, k)
+            except TimedOut:
+                del tried[name], found[name], took[name]
+                continue
+            took[name].append(1000 * (time.perf_counter() - begun))
+            found[name].append(list(ranked.found))
+        advance()
+    return [
+        Alternative(
+            name,
+            float(np.mean([recall(one, q.grades, k) for one, q in zip(found[name], questions, strict=True)])),
+            float(np.mean([_agreement(one, best) for one, best in zip(found[name], found["exact"], strict=True)]))
+            if "exact" in found
+            else None,
+            latency(took[name]),
+        )
+        for name in tried
+    ]
+
+
+def _agreement(found: Sequence[str], exact: Sequence[str]) -> float:
+    return len(set(found).intersection(exact)) / len(exact) if exact else 1.0
+
+
+class Passage(NamedTuple):
+    """The part of a document that is most similar to a query, shortened, and its cosine similarity."""
+
+    text: str
+    similarity: float
+
+
+async def passages(
+    database: Database, tenant_id: str, embedding: npt.NDArray[np.float32], ids: Sequence[str]
+) -> dict[str, Passage]:
+    """The best passage of each of these documents, as far as the tenant has them."""
+    chunk = tenant_documents
+    distance = chunk.c.embedding.cosine_distance(bindparam("embedding", type_=Vector(len(embedding))))
+    best = rendered(
+        select(chunk.c.id, func.left(chunk.c.content, 400).label("text"), (1 - distance).label("similarity"))
+        .where(chunk.c.tenant_id == _tenant, chunk.c.id == func.any(bindparam("ids", type_=ARRAY(Text))))
+        .distinct(chunk.c.id)
+        .order_by(chunk.c.id, distance)
+    )
+    values = {"tenant_id": tenant_id, "embedding": embedding, "ids": list(ids)}
+    (rows,) = await database.fetch(tenant_id, [best.with_values("best passages", values)])
+    return {row["id"]: Passage(row["text"], row["similarity"]) for row in rows}
 
 
 class Stored(NamedTuple):
@@ -188,99 +270,3 @@ async def stored(database: Database, tenant_id: str, ids: Sequence[str]) -> Stor
     ]
     (count,), rows = await database.fetch(tenant_id, statements, primary=True)
     return Stored(count["documents"], {row["id"] for row in rows})
-
-
-def read(path: Path, tenant_id: str | None = None) -> Collection:
-    """The judged queries of a JSONL file or a BEIR folder; queries without a relevant document are left out.
-
-    `tenant_id`: of a file's lines that name none; of a folder's documents, where None is made from the folder's name.
-    Raises BadInput, naming file and line, for what cannot be read and for judgements about ids that do not exist.
-    """
-    if tenant_id is not None:
-        tenants.check(tenant_id, "--tenant")
-    collection = _folder(path, tenant_id) if path.is_dir() else Collection(list(_file(path, tenant_id)))
-    if not collection.questions:
-        raise BadInput(str(path), "has no judged query; allowed: at least one with a relevant document")
-    return collection
-
-
-def _file(path: Path, tenant_id: str | None) -> Iterator[Question]:
-    for origin, line in _parsed(path, JudgedLine):
-        tenant = line.tenant_id or tenant_id
-        if tenant is None:
-            raise BadInput(origin, "has no tenant_id; allowed: one in every line, or --tenant for those without")
-        tenants.check(tenant, f"{origin}: tenant_id")
-        if line.expected_doc_ids:
-            yield Question(
-                origin.rpartition(":")[2], line.query, tenant, dict.fromkeys(line.expected_doc_ids, 1), origin
-            )
-
-
-def _folder(path: Path, tenant_id: str | None) -> Collection:
-    tenant = tenant_id or "eval-" + re.sub(r"[^A-Za-z0-9_.:-]+", "-", path.resolve().name)[:100]
-    corpus = _by_id(path / CORPUS, CorpusLine)
-    queries = _by_id(path / QUERIES, QueryLine)
-    qrels = next((path / name for name in QRELS if (path / name).is_file()), path / QRELS[0])
-    grades: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(_text(qrels).split("\n"), 1):
-        origin = f"{qrels}:{number}"
-        if not line.strip() or (number == 1 and line.startswith(HEADER)):
-            continue
-        query, document, grade = _judgement(origin, line)
-        for identity, known, file in ((query, queries, QUERIES), (document, corpus, CORPUS)):
-            if identity not in known:
-                raise BadInput(origin, f"{identity!r} is not in {file}; allowed: ids that are")
-        if grades.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise BadInput(origin, f"judges document {document!r} for query {query!r} again, and otherwise")
-    return Collection(
-        [
-            Question(identity, line.text, tenant, grades[identity], origin)
-            for identity, (origin, line) in queries.items()
-            if any(grade > 0 for grade in grades.get(identity, {}).values())
-        ],
-        tenant,
-        [
-            Draft(identity, f"{line.title}\n{line.text}" if line.title else line.text)
-            for identity, (_, line) in corpus.items()
-        ],
-    )
-
-
-def _judgement(origin: str, line: str) -> tuple[str, str, int]:
-    try:
-        query, document, grade = line.split("\t")
-        return query, document, int(grade)
-    except ValueError:
-        raise BadInput(
-            origin, f"{line[:80]!r} is no judgement; allowed: query, document and a whole number, with tabs between"
-        ) from None
-
-
-def _by_id(path: Path, kind: type[Any]) -> dict[str, tuple[str, Any]]:
-    lines: dict[str, tuple[str, Any]] = {}
-    for origin, line in _parsed(path, kind):
-        if lines.setdefault(line.id, (origin, line))[0] != origin:
-            raise BadInput(origin, f"has the _id of {lines[line.id][0]}: {line.id!r}")
-    return lines
-
-
-def _parsed(path: Path, kind: type[Line]) -> Iterator[tuple[str, Line]]:
-    """Each line that is not blank, with its place."""
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", msgspec.json.decode(line, type=kind)
-            except (msgspec.DecodeError, UnicodeEncodeError) as error:
-                raise BadInput(f"{path}:{number}", str(error)) from None
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadInput(str(path), f"cannot be read: {error.strerror or error}") from None
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        number = data[: error.start].count(b"\n") + 1
-        raise BadInput(f"{path}:{number}", "is not UTF-8") from None

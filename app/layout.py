@@ -97,7 +97,7 @@ async def of(database: Database, tenant_id: str) -> Layout:
 
 
 def is_large(database: Database, values: Mapping[str, Any], shape: Hashable) -> bool:
-    """Whether the set of these conditions was above the bound when it was last counted."""
+    """Whether the set of these conditions was above the bound, which is part of `shape`, when it was last counted."""
     return bool(_facts(database).get(_key(values, shape)))
 
 

@@ -1,19 +1,43 @@
-"""`pgrecall evaluate`: judged queries searched, figures shown, and a status for pipelines."""
+"""`pgrecall evaluate`: judged queries searched, figures shown and saved, and a status for pipelines."""
 
 import asyncio
 import math
+import os
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from app import commands, evaluation, schema, terminal
+import msgspec
+
+from app import (
+    __version__,
+    commands,
+    comparison,
+    evaluation,
+    judgements,
+    report,
+    schema,
+    spotcheck,
+    statistics,
+    terminal,
+)
+from app.comparison import Comparison, Row, Saved
 from app.database import Database
 from app.embedding import Embedder
 from app.errors import BadInput
-from app.evaluation import Collection, Judged
+from app.evaluation import Judged
 from app.files import Unreadable
+from app.judgements import Collection, Question
+from app.report import Evaluation, Results
 from app.settings import Settings
+
+TRIED = 300
+"""How many queries are searched again under other settings, for the report."""
 
 
 def floor(text: str) -> tuple[str, float]:
@@ -30,49 +54,121 @@ def floor(text: str) -> tuple[str, float]:
 
 def evaluate(arguments: Namespace, config: Settings) -> int:
     """Search for every judged query and show the figures; 1 if one is under its floor."""
-    names = evaluation.metric_names(arguments.k)
+    k = arguments.k
+    if arguments.ann:
+        _check_alone(arguments)
+        _check_floors(arguments, [spotcheck.metric(k)])
+        return _against_floors(spotcheck.check(arguments, config), arguments.fail_under)
+    _check_floors(arguments, evaluation.metric_names(k))
+    if arguments.path is None:
+        raise BadInput("path", "is missing; allowed: a file or folder of judged queries, or --ann to do without")
+    for option in ("report", "save"):
+        _check_writable(f"--{option}", getattr(arguments, option))
+    collection = judgements.read(arguments.path, arguments.tenant)
+    saved = _saved(arguments.compare, collection, k) if arguments.compare else {}
+    with schema.provided(config) as ready:
+        measured = asyncio.run(_measured(ready, collection, k, in_full=arguments.report is not None))
+    rows = {mode: [comparison.row(one, k) for one in each.judged] for mode, each in measured.modes.items()}
+    compared = _compared(rows, saved)
+    documents = {mode: _document(each.judged, k, measured.missing) for mode, each in measured.modes.items()}
+    for mode, (_, theirs, found) in compared.items():
+        documents[mode] |= {"compared": _compared_document(arguments.compare, theirs, found)}
+    full = {
+        mode: documents[mode] | {"setup": _setup(config, mode), "per_query": [row.as_json() for row in each]}
+        for mode, each in rows.items()
+    }
+    if arguments.save:
+        _write(arguments.save, msgspec.json.encode(_keyed(full)) + b"\n")
+    if arguments.report:
+        shown = _shown(arguments, config, collection, measured, compared)
+        _write(arguments.report, report.page(shown).encode())
+    if arguments.json:
+        terminal.json(_keyed(full if arguments.per_query else documents))
+    else:
+        for mode, document in documents.items():
+            name = arguments.path.resolve().name + (f", {mode}" if len(documents) > 1 else "")
+            _show(document, rows[mode] if arguments.per_query else [], name, k)
+    status = 0
+    for document in documents.values():
+        status = max(status, _against_floors(document["metrics"], arguments.fail_under))
+    return status
+
+
+def _check_alone(arguments: Namespace) -> None:
+    """Raise BadInput for what has no meaning without judgements."""
+    for option in ("path", "report", "compare", "save", "per_query"):
+        if getattr(arguments, option):
+            raise BadInput("--ann", f"takes no {option.replace('_', '-')}: there are no judged queries in it")
+
+
+def _check_floors(arguments: Namespace, names: Sequence[str]) -> None:
+    """Raise BadInput for a floor under a figure there is not."""
     for name, _ in arguments.fail_under:
         if name not in names:
             raise BadInput("--fail-under", f"there is no {name!r} with -k {arguments.k}; allowed: {', '.join(names)}")
-    collection = evaluation.read(arguments.path, arguments.tenant)
-    with schema.provided(config) as ready:
-        judged, missing = asyncio.run(_judged(ready, collection, arguments.k))
-    metrics = evaluation.mean_metrics(judged, arguments.k)
-    report = {
-        "metrics": metrics,
-        "queries": len(judged),
-        "latency_ms": evaluation.latency(judged),
-        "missing_documents": missing,
-    }
-    rows = [_row(one, arguments.k) for one in judged] if arguments.per_query else []
-    if arguments.json:
-        terminal.json(report | ({"per_query": rows} if arguments.per_query else {}))
-    else:
-        _show(report, sorted(rows, key=lambda row: float(row[f"ndcg@{arguments.k}"])), arguments.path.resolve().name)
-    return _compared(metrics, arguments.fail_under)
 
 
-def _compared(metrics: Mapping[str, float], floors: Sequence[tuple[str, float]]) -> int:
+def _against_floors(metrics: Mapping[str, float], floors: Sequence[tuple[str, float]]) -> int:
+    """1 if a figure is under its floor, and says which; else 0."""
     under = [(name, least) for name, least in floors if metrics[name] < least]
     for name, least in under:
         terminal.say(f"{name} is {metrics[name]:.6f}, under {least:g}")
     return 1 if under else 0
 
 
-async def _judged(config: Settings, collection: Collection, k: int) -> tuple[list[Judged], int]:
-    """The results, and how many documents the judgements want that are not there."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Results by mode, and how many documents the judgements want that are not there."""
+
+    modes: dict[str, Results]
+    missing: int
+
+
+async def _measured(config: Settings, collection: Collection, k: int, *, in_full: bool) -> Measured:
+    """`in_full`: with what the report shows besides the figures."""
     async with commands.opened(config) as (database, embedder):
         if collection.tenant_id is not None:
             await _provide(database, embedder, config, collection, collection.tenant_id)
         missing = await _missing(database, collection)
-        judged = []
-        with terminal.progress("queries") as bar:
-            task = bar.add_task(f"search for {len(collection.questions)} queries", total=len(collection.questions))
-            async with aclosing(evaluation.run(database, embedder, config, collection.questions, k)) as results:
-                async for one in results:
-                    judged.append(one)
-                    bar.advance(task)
-        return judged, missing
+        modes = {}
+        for mode in evaluation.MODES:
+            judged = await _searched(database, embedder, config, collection.questions, k)
+            modes[mode] = Results(judged)
+            if in_full:
+                tried = statistics.sample(collection.questions, TRIED)
+                with terminal.progress("queries") as bar:
+                    task = bar.add_task("search under other settings", total=len(tried))
+                    alternatives = await evaluation.alternatives(
+                        database, embedder, config, tried, k, partial(bar.advance, task)
+                    )
+                passages = await _passages(database, embedder, report.worst(judged, k))
+                modes[mode] = Results(judged, alternatives, passages)
+        return Measured(modes, missing)
+
+
+async def _searched(
+    database: Database, embedder: Embedder, config: Settings, questions: Sequence[Question], k: int
+) -> list[Judged]:
+    judged = []
+    with terminal.progress("queries") as bar:
+        task = bar.add_task(f"search for {len(questions)} queries", total=len(questions))
+        async with aclosing(evaluation.run(database, embedder, config, questions, k)) as results:
+            async for one in results:
+                judged.append(one)
+                bar.advance(task)
+    return judged
+
+
+async def _passages(
+    database: Database, embedder: Embedder, judged: Sequence[Judged]
+) -> dict[str, dict[str, evaluation.Passage]]:
+    vectors = await embedder.embed([one.question.text for one in judged], "query")
+    return {
+        one.question.id: await evaluation.passages(
+            database, one.question.tenant_id, vector, [*one.found, *one.expected[: report.EXPECTED]]
+        )
+        for one, vector in zip(judged, vectors, strict=True)
+    }
 
 
 async def _provide(
@@ -106,26 +202,155 @@ async def _missing(database: Database, collection: Collection) -> int:
     return missing
 
 
-def _row(one: Judged, k: int) -> dict[str, Any]:
-    question = {"id": one.question.id, "query": one.question.text, "tenant_id": one.question.tenant_id}
-    expected = [document for document, grade in one.question.grades.items() if grade > 0]
-    figures = evaluation.metrics(one, k) | {"milliseconds": round(one.milliseconds, 3)}
-    return question | figures | {"found": list(one.found), "expected": expected}
+def _saved(path: Path, collection: Collection, k: int) -> dict[str, Saved]:
+    saved = comparison.read(path, k)
+    wanted = {(question.id, question.text): Judged(question, {}, 0).expected for question in collection.questions}
+    for each in saved.values():
+        comparison.check(str(path), each.rows, wanted)
+    return saved
 
 
-def _show(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], source: str) -> None:
-    names = list(report["metrics"])
+def _compared(rows: Mapping[str, list[Row]], saved: Mapping[str, Saved]) -> dict[str, tuple[str, Saved, Comparison]]:
+    """Each mode with the same one of the other run; where both have just one, those two."""
+    compared = {}
+    for mode, mine in rows.items():
+        alone = next(iter(saved)) if len(rows) == len(saved) == 1 else mode
+        if alone in saved:
+            compared[mode] = (alone, saved[alone], comparison.compare(mine, saved[alone].rows))
+    return compared
+
+
+def _setup(config: Settings, mode: str) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "model": config.model,
+        "dimensions": config.dimensions,
+        "chunk_max_tokens": config.chunk_max_tokens,
+        "chunk_overlap_tokens": config.chunk_overlap_tokens,
+        "ef_search": config.ef_search,
+        "exact_rows": config.exact_rows,
+        "version": __version__,
+    }
+
+
+def _document(judged: Sequence[Judged], k: int, missing: int) -> dict[str, Any]:
+    return {
+        "metrics": evaluation.mean_metrics(judged, k),
+        "intervals": evaluation.mean_intervals(judged, k),
+        "queries": len(judged),
+        "latency_ms": evaluation.latency([one.milliseconds for one in judged]),
+        "scans": evaluation.scans([one.scan for one in judged]),
+        "missing_documents": missing,
+    }
+
+
+def _compared_document(path: Path, theirs: Saved, found: Comparison) -> dict[str, Any]:
+    def changes(several: Sequence[comparison.Change]) -> list[dict[str, Any]]:
+        return [{"id": c.this.id, "query": c.this.query, "difference": c.difference} for c in several]
+
+    return {
+        "other": str(path),
+        "setup": theirs.setup,
+        "metrics": {name: each._asdict() for name, each in found.differences.items()},
+        "gained": changes(found.gained),
+        "lost": changes(found.lost),
+    }
+
+
+def _keyed(documents: Mapping[str, Any]) -> Any:
+    return documents if len(documents) > 1 else next(iter(documents.values()))
+
+
+def _shown(
+    arguments: Namespace,
+    config: Settings,
+    collection: Collection,
+    measured: Measured,
+    compared: Mapping[str, tuple[str, Saved, Comparison]],
+) -> Evaluation:
+    tenants = sorted({question.tenant_id for question in collection.questions})
+    done = evaluation.scans([one.scan for each in measured.modes.values() for one in each.judged])
+    facts = {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "tenant": tenants[0] if len(tenants) == 1 else f"{len(tenants)} tenants",
+        "model": f"{config.model}, {config.dimensions} dimensions",
+        "chunks": f"at most {config.chunk_max_tokens} tokens, overlap {config.chunk_overlap_tokens}",
+        "scans": ", ".join(f"{count:,} {kind}" for kind, count in done.items() if count),
+        "ef_search": str(config.ef_search),
+        "exact up to": "as many rows as pays" if config.exact_rows is None else f"{config.exact_rows:,} rows",
+        "expected, not stored": f"{measured.missing:,} documents",
+        "pgrecall": __version__,
+    }
+    several = len(measured.modes) > 1
+    headings = [
+        (
+            f"Compared with {arguments.compare.name}" + (f": {mode}" if several else ""),
+            _otherwise(config, theirs, mode),
+            c,
+        )
+        for mode, (_, theirs, c) in compared.items()
+    ]
+    return Evaluation(arguments.path.resolve().name, arguments.k, facts, measured.modes, headings)
+
+
+def _otherwise(config: Settings, theirs: Saved, mode: str) -> str:
+    """What the other run was made with, as far as it differs."""
+    mine = _setup(config, mode)
+    other = [
+        f"{name} {value} (here {mine[name]})" for name, value in theirs.setup.items() if mine.get(name, value) != value
+    ]
+    return (
+        f"The other run was made with {', '.join(other)}." if other else "Both runs were made with the same settings."
+    )
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise BadInput(option, f"{str(path)!r} cannot be written; allowed: a file in a folder that exists")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or, where that fails, the one that was there before."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise BadInput(str(path), f"cannot be written: {error.strerror or error}") from None
+    terminal.say(f"wrote {path}")
+
+
+def _show(document: Mapping[str, Any], rows: Sequence[Row], source: str, k: int) -> None:
+    metrics, intervals = document["metrics"], document["intervals"]
     if rows:
         terminal.table(
             "queries, worst nDCG first",
-            [("id", "left"), ("query", "left"), *((name, "right") for name in names)],
-            [(row["id"], terminal.snippet(row["query"]), *(f"{row[name]:.3f}" for name in names)) for row in rows],
+            [("id", "left"), ("query", "left"), *((name, "right") for name in metrics)],
+            [
+                (row.id, terminal.snippet(row.query), *(f"{row.figures[name]:.3f}" for name in metrics))
+                for row in sorted(rows, key=lambda row: row.figures[f"ndcg@{k}"])
+            ],
         )
     terminal.table(
-        f"{source}: {report['queries']} queries",
-        [("metric", "left"), ("value", "right")],
+        f"{source}: {document['queries']} queries",
+        [("metric", "left"), ("value", "right"), ("95 % interval", "right")],
         [
-            *((name, f"{value:.3f}") for name, value in report["metrics"].items()),
-            *((f"latency {name}", f"{value:.1f} ms") for name, value in report["latency_ms"].items()),
+            *((name, f"{value:.3f}", intervals.get(name, "")) for name, value in metrics.items()),
+            *((f"latency {name}", f"{value:.1f} ms", "") for name, value in document["latency_ms"].items()),
         ],
     )
+    if "compared" in document:
+        terminal.table(
+            f"compared with {document['compared']['other']}",
+            [
+                ("metric", "left"),
+                ("other", "right"),
+                ("this", "right"),
+                ("difference", "right"),
+                ("95 % interval", "right"),
+            ],
+            [
+                (name, f"{d['other']:.3f}", f"{d['this']:.3f}", f"{d['difference']:+.3f}", d["interval"] or "")
+                for name, d in document["compared"]["metrics"].items()
+            ],
+        )

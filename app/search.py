@@ -124,7 +124,10 @@ async def search(
     wanted = Wanted(len(embedding), laid_out.kind, threshold is not None, options.grouped)
     oversampling = options.oversampling or laid_out.oversampling
     candidates = min(max(math.ceil(top_k * oversampling), top_k), scans.MAX_EF_SEARCH)
-    bound = settings.exact_rows or layout.breakeven(laid_out.rows, candidates)
+    bound = settings.exact_rows
+    if bound is None:
+        bound = layout.breakeven(laid_out.rows, candidates)
+    shape = conditions.shape, bound
     which = where_values(tenant_id, conditions)
     asked: dict[str, Any] = {"embedding": embedding, "top_k": top_k, "bound": bound + 1, "candidates": candidates}
     if threshold is not None:
@@ -133,11 +136,11 @@ async def search(
     if options.exact:
         rows = await walk.rows("exact", scans.EXACT)
         return Found(_hits(rows), Scan("exact"), walk.steps)
-    if not layout.is_large(database, which, conditions.shape):
+    if not layout.is_large(database, which, shape):
         rows = await walk.rows("few", scans.EXACT)
         if rows[0]["candidates"] <= bound:
             return Found(_hits(rows), Scan("exact"), walk.steps)
-        layout.note(database, which, conditions.shape, large=True)
+        layout.note(database, which, shape, large=True)
     while True:
         rows = await walk.rows("nearest", scans.index_config(options.ef_search or settings.ef_search, candidates))
         hits = _hits(rows)
@@ -148,7 +151,7 @@ async def search(
             break
         # Many chunks of few documents: farther chunks hold the next ones.
         walk.values["candidates"] = candidates = min(4 * candidates, scans.MAX_EF_SEARCH)
-    layout.note(database, which, conditions.shape, large=False)
+    layout.note(database, which, shape, large=False)
     try:
         rows = await walk.rows("exact", scans.EXACT)
     except TimedOut:

@@ -155,6 +155,17 @@ def parser() -> argparse.ArgumentParser:
         help="exit with status 1 if the metric is under the value; may be repeated",
     )
     _json(judged)
+    indexed = command(
+        "index",
+        commands.index,
+        "Show the vector index, or change its precision while it serves.",
+        "pgrecall index",
+        "pgrecall index half --oversampling 4",
+    )
+    indexed.add_argument("kind", nargs="?", choices=["full", "half", "binary"], help="precision to change to")
+    indexed.add_argument("--oversampling", type=float, metavar="N", help="candidates for each hit, 1 to 100 (by kind)")
+    indexed.add_argument("--keep", action="store_true", help="do not drop the index used until now")
+    _json(indexed)
     _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
     _json(
         command(

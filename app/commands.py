@@ -19,6 +19,7 @@ from app import (
     embedding,
     files,
     filters,
+    indexes,
     local,
     model,
     rag,
@@ -279,6 +280,53 @@ def show_answer(question: str, answer: Any) -> None:
         [("source", "right"), ("similarity", "right"), ("document", "left"), ("snippet", "left")],
         [(s.source, f"{s.similarity:.3f}", s.id, terminal.snippet(s.content)) for s in answer.sources],
     )
+
+
+def index(arguments: Namespace, config: Settings) -> int:
+    """Show the kinds of vector index, or change to another one."""
+    with schema.provided(config) as ready, schema.migration_url(ready) as url:
+        if arguments.kind is None:
+            kept = indexes.listed(url)
+        else:
+            kept = _changed(arguments, url)
+    if arguments.json:
+        terminal.json({"indexes": kept})
+        return 0
+    terminal.table(
+        "vector indexes (one for each bucket of tenants)",
+        [
+            ("kind", "left"),
+            ("state", "left"),
+            ("oversampling", "right"),
+            ("valid", "right"),
+            ("MB", "right"),
+            ("scans", "right"),
+        ],
+        [
+            (
+                each.kind,
+                each.state,
+                f"{each.oversampling:g}",
+                f"{each.valid}/{each.indexes}",
+                f"{each.bytes / 1e6:,.1f}",
+                f"{each.scans:,}",
+            )
+            for each in kept
+        ],
+    )
+    return 0
+
+
+def _changed(arguments: Namespace, url: str) -> list[indexes.Kept]:
+    with terminal.progress("%") as progress:
+        task = progress.add_task("starting", total=100)
+        return indexes.change(
+            url,
+            arguments.kind,
+            oversampling=arguments.oversampling,
+            keep=arguments.keep,
+            told=lambda what, share: progress.update(task, description=what, completed=100 * share),
+        )
 
 
 def show_settings(arguments: Namespace, config: Settings) -> int:

@@ -19,6 +19,7 @@ from app.embedding import Embedder
 from app.errors import SchemaTooOld, SetupError, Unsafe
 from app.model import Model
 from app.settings import Settings
+from app.tables import Kind
 
 VERSION_TABLE = "pgrecall_revision"
 """Alembic's table, under a name that leaves a team's own Alembic in the same database alone."""
@@ -138,6 +139,14 @@ def recorded_model(connection: Connection) -> Model | None:
         return None
     row = connection.execute(text("select name, dimensions from embedding_models where state = 'active'")).first()
     return Model(*row) if row else None
+
+
+def index_kind(connection: Connection) -> Kind | None:
+    """The active kind of vector index, None where the database is older than kinds are."""
+    if connection.execute(text("select to_regclass('vector_indexes')")).scalar() is None:
+        return None
+    kind: Kind | None = connection.execute(text("select kind from vector_indexes where state = 'active'")).scalar()
+    return kind
 
 
 async def revision(database: Database, *, replica: bool = False) -> str:

@@ -270,6 +270,9 @@ def indexed(vector: ColumnElement[Any], kind: Kind, dimensions: int) -> ColumnEl
             return cast(func.binary_quantize(vector), BIT(dimensions))
 
 
+EF_CONSTRUCTION = 200
+"""Breadth of the walk that places a row in the graph. With pgvector's 64 parts of clustered data cannot be reached."""
+
 _OPERATORS: dict[Kind, str] = {"full": "vector_cosine_ops", "half": "halfvec_cosine_ops", "binary": "bit_hamming_ops"}
 
 
@@ -348,7 +351,7 @@ def metadata_for(dimensions: int, kind: Kind | None = None) -> MetaData:
             name,
             indexed(documents.c.embedding, kind, dimensions).label("embedding"),
             postgresql_using="hnsw",
-            postgresql_with={"m": "16", "ef_construction": "64"},
+            postgresql_with={"m": "16", "ef_construction": str(EF_CONSTRUCTION)},
             postgresql_ops={"embedding": _OPERATORS[kind]},
             postgresql_where=bucket_of(documents.c.tenant_id) == literal_column(str(bucket)),
         )

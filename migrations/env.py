@@ -20,15 +20,16 @@ PREPARE = (
 
 
 def _configure(options: settings.Settings, connection: Connection | None) -> None:
-    model, dimensions = options.model, options.dimensions
+    model, dimensions, kind = options.model, options.dimensions, None
     if connection is not None:
         recorded = schema.recorded_model(connection)
+        kind = schema.index_kind(connection)
         model, dimensions = (recorded.name, recorded.dimensions) if recorded else (model, dimensions)
         connection.commit()
     context.configure(
         connection=connection,
         dialect_name=None if connection else "postgresql",
-        target_metadata=tables.metadata_for(dimensions),
+        target_metadata=tables.metadata_for(dimensions, kind),
         compare_type=True,
         compare_server_default=False,
         include_object=_ours,
@@ -51,6 +52,8 @@ def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared:
     if kind == "index" and name in CONTRIB_INDEXES and not reflected and compared is None:
         connection = context.get_bind()
         return connection.execute(text("select from pg_extension where extname = 'btree_gin'")).first() is not None
+    if kind == "index" and reflected and (name or "").startswith("documents_embedding_") and compared is None:
+        return False  # of a kind that `pgrecall index` is building or has retired
     # What operations build at run time carries this prefix and is recorded by them, not by migrations.
     return not (reflected and (name or "").startswith("pgrecall_run_"))
 

@@ -58,7 +58,7 @@ def _indexes(dimensions: int) -> Iterator[tuple[str, str, str]]:
     for bucket in range(BUCKETS):
         yield (
             f"documents_embedding_{kind}_{bucket:02}_idx",
-            f"using hnsw ({indexed}) with (m = 16, ef_construction = 64) where ((hashtextextended(tenant_id, 0) & 15) = {bucket})",
+            f"using hnsw ({indexed}) with (m = 16, ef_construction = 200) where ((hashtextextended(tenant_id, 0) & 15) = {bucket})",
             BUCKET.format(bucket=bucket),
         )
 

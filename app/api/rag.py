@@ -89,7 +89,7 @@ async def answer_question(
     narrowed = asked(data)
     if data.system_prompt is not None:
         check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
-    vector = await search.question_vector(service.embedder, data.question, "question")
+    vector = await _attended(request, search.question_vector(service.embedder, data.question, "question"))
     # All database work ends here: a stream holds no connection.
     found = await search.search(
         service.database,

@@ -567,7 +567,7 @@ async def test_a_client_that_leaves_a_whole_answer_stops_the_model(served, path)
     (call,) = (call for call in served.openai.calls if call.path == path)
     await ended(call)
     assert call.disconnected
-    assert time.monotonic() - left < 5
+    assert time.monotonic() - left < 3
 
 
 async def test_a_client_that_stops_reading_and_then_goes_away_stops_the_model(served):

@@ -285,10 +285,7 @@ def show_answer(question: str, answer: Any) -> None:
 def index(arguments: Namespace, config: Settings) -> int:
     """Show the kinds of vector index, or change to another one."""
     with schema.provided(config) as ready, schema.migration_url(ready) as url:
-        if arguments.kind is None:
-            kept = indexes.listed(url)
-        else:
-            kept = _changed(arguments, url)
+        kept = indexes.listed(url) if arguments.kind is None else _changed(arguments, url)
     if arguments.json:
         terminal.json({"indexes": kept})
         return 0

@@ -60,14 +60,14 @@ EfSearch = Annotated[
     int | None,
     Meta(
         description="Breadth of the index walk; more finds more and takes longer. The server's setting where left out.",
-        extra_json_schema={"minimum": 10, "maximum": scans.MAX_EF_SEARCH},
+        extra_json_schema={"extra": {"minimum": 10, "maximum": scans.MAX_EF_SEARCH}},
     ),
 ]
 Oversampling = Annotated[
     float | None,
     Meta(
         description="Candidates taken from the index for each hit, then measured by the stored vectors.",
-        extra_json_schema={"minimum": 1, "maximum": search.MAX_OVERSAMPLING},
+        extra_json_schema={"extra": {"minimum": 1, "maximum": search.MAX_OVERSAMPLING}},
     ),
 ]
 

@@ -92,9 +92,5 @@ def test_two_changes_at_once_are_refused_and_so_is_what_cannot_be(owner_url):
 
 def test_the_schema_check_is_clean_with_another_kind(owner_url, settings, rows):
     indexes.change(owner_url, "binary", oversampling=None, told=quiet, patience=0)
-    config = schema.config(
-        settings.__class__(
-            **{**{f: getattr(settings, f) for f in settings.__struct_fields__}, "migration_url": owner_url}
-        )
-    )
+    config = schema.config(replace(settings, migration_url=owner_url))
     assert command.check(config) is None

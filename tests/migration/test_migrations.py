@@ -117,8 +117,8 @@ def test_check_is_dirty_when_a_model_changes(settings, monkeypatch, change):
     command.upgrade(config, "head")
     real = tables.metadata_for
 
-    def changed(dimensions):
-        metadata = real(dimensions + 1 if change == "type" else dimensions)
+    def changed(dimensions, kind):
+        metadata = real(dimensions + 1 if change == "type" else dimensions, kind)
         table = metadata.tables["documents"]
         if change == "column":
             table.append_column(Column("novel", Text))

@@ -37,6 +37,7 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
         version_table=schema.VERSION_TABLE,
         literal_binds=connection is None,
         embedding_model=model,
+        index_kind=kind,
         embedding_dimensions=dimensions,
     )
 
@@ -53,7 +54,8 @@ def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared:
         connection = context.get_bind()
         return connection.execute(text("select from pg_extension where extname = 'btree_gin'")).first() is not None
     if kind == "index" and reflected and (name or "").startswith("documents_embedding_") and compared is None:
-        return False  # of a kind that `pgrecall index` is building or has retired
+        active = context.get_context().opts["index_kind"]
+        return active is not None and name in tables.embedding_indexes(active)  # others are being built or were retired by `pgrecall index`
     # What operations build at run time carries this prefix and is recorded by them, not by migrations.
     return not (reflected and (name or "").startswith("pgrecall_run_"))
 

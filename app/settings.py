@@ -18,6 +18,7 @@ OPENAI_DIMENSIONS = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3
 
 Url = Annotated[str, Meta(pattern=r"^postgres(ql)?(\+psycopg)?://", description="postgresql://…")]
 HttpUrl = Annotated[str, Meta(pattern=r"^https?://[^/ ]+", description="http(s)://…")]
+CONFIGURATION = "the name of a text search configuration of PostgreSQL, such as english, german or simple"
 
 
 def variable(field: str) -> str:
@@ -47,6 +48,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     embedding_retries: Annotated[int, Meta(ge=0, le=10)] = 4
     cache_rows: Annotated[int, Meta(ge=0, le=100_000_000)] = 100_000
 
+    text_language: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_]{0,62}$", description=CONFIGURATION)] = "english"
     chunk_max_tokens: Annotated[int, Meta(ge=16, le=8000)] = 200
     chunk_overlap_tokens: Annotated[int, Meta(ge=0, le=4000)] = 40
     request_tokens: Annotated[int, Meta(ge=1_000, le=100_000_000)] = 250_000

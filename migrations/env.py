@@ -34,6 +34,7 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
         embedding_model=model,
         embedding_dimensions=dimensions,
         vector_schema=prefix,
+        text_language=options.text_language,
     )
 
 

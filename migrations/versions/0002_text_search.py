@@ -164,7 +164,7 @@ begin
 end $$
 """,
     """
-create or replace procedure fill_terms(batch integer default 500) language plpgsql as $$
+create or replace procedure fill_terms(batch integer default 2000) language plpgsql as $$
 declare
     tenant text;
     at_id text;
@@ -314,3 +314,149 @@ INDEXES = """
 create index if not exists document_terms_tenant_terms_idx on document_terms using gin (tenant_terms(tenant_id, terms))
     with (fastupdate = off)
 """
+
+COMMENTS = {
+    "table document_terms": "One row per chunk whose words can be searched: what BM25 needs of it. Written with the chunk.",
+    "column document_terms.tenant_id": "As in documents.",
+    "column document_terms.id": "As in documents.",
+    "column document_terms.chunk_key": "As in documents.",
+    "column document_terms.terms": "chunk_terms(content): the chunk's words and where they stand.",
+    "column document_terms.length": "How many words those are, repetitions counted.",
+    "index document_terms_pkey": "One row a chunk. The tenant comes last, for the planner not to read a whole tenant beside the index of the words.",
+    "index document_terms_tenant_terms_idx": "The chunks of a tenant that hold certain words: tenant_terms(tenant_id, terms) @@ query.",
+    "table term_statistics": "In how many chunks of a tenant a word stands: the sum of its rows. Writers only add rows; fold_statistics makes one of several.",
+    "column term_statistics.tenant_id": "Whose chunks were counted.",
+    "column term_statistics.term": "The word, as in document_terms.terms.",
+    "column term_statistics.chunks": "How many more chunks hold it; negative for chunks that went.",
+    "column term_statistics.peak": "The most times it stands in one of them; deletions do not lower it.",
+    "column term_statistics.density": "The largest share of a chunk's words that it makes up; deletions do not lower it.",
+    "index term_statistics_tenant_id_term_idx": "A word's rows, read by the index alone.",
+    "table collection_statistics": "How many chunks a tenant has and how long they are: the sum of its rows. Writers only add rows.",
+    "column collection_statistics.tenant_id": "Whose chunks were counted.",
+    "column collection_statistics.chunks": "How many more chunks there are; negative for chunks that went.",
+    "column collection_statistics.length": "How many words more there are, repetitions counted.",
+    "index collection_statistics_tenant_id_idx": "A tenant's rows, read by the index alone.",
+    "view tenant_document_terms": "The document_terms of the tenant named by the setting pgrecall.tenant_id; none while it is unset.",
+    "view tenant_term_statistics": "The term_statistics of the tenant named by the setting pgrecall.tenant_id; none while it is unset.",
+    "view tenant_collection_statistics": "The collection_statistics of the tenant named by the setting pgrecall.tenant_id; none while it is unset.",
+    "view tenant_documents": "The documents of the tenant named by the setting pgrecall.tenant_id; none while it is unset.",
+    "function text_language()": "The text search configuration that chunks and questions are read with. Chosen when the database is made.",
+    "function chunk_terms(text)": "The words of a text as full-text search sees them: punctuation dropped, stemmed in text_language().",
+    "function tenant_terms(text, tsvector)": "The words with the tenant before each, so that every tenant has its own lists in the index.",
+    "function learn_terms(text, text[], text[])": "Make chunks searchable by their words and count them. Returns the rows a fold would make one.",
+    "function forget_terms(text, text[], text[])": "Take chunks, or whole documents where no keys are given, out again and count them off.",
+    "function fold_statistics(text)": "Make one row of several in a tenant's statistics. False where another session is at it.",
+    "function recount_statistics(text)": "Count a tenant's statistics afresh, after rows were deleted without forget_terms.",
+    "procedure fill_terms(integer)": "Make every chunk searchable by its words that is not yet, in short transactions. May be run again.",
+    "function text_question(text, text, integer)": "The words of a question with their BM25 weights and most possible scores, rarest first, and what quotation marks and minus signs ask.",
+    "function threshold_formula(text[], double precision[], double precision[], integer, double precision)": "Which combinations of words can reach a score: a formula without negation, null for none, empty for any.",
+    "function text_candidates(text[], double precision[], double precision, text)": "The query that finds every chunk whose score can reach the threshold, for the index of the words.",
+}
+for _view, _table in (
+    ("tenant_document_terms", "document_terms"),
+    ("tenant_term_statistics", "term_statistics"),
+    ("tenant_collection_statistics", "collection_statistics"),
+):
+    COMMENTS |= {
+        key.replace(f"column {_table}.", f"column {_view}."): comment
+        for key, comment in COMMENTS.items()
+        if key.startswith(f"column {_table}.")
+    }
+DOCUMENTS_COMMENTS = {
+    "tenant_id": "Whose chunk this is.",
+    "id": "The document it belongs to: sources.id.",
+    "chunk_key": "Names the chunk within its document by a hash of its text, so that a chunk that did not change keeps its row when others do.",
+    "doc_type": "As in sources; repeated so that a filter needs no join.",
+    "metadata": "As in sources; repeated so that a filter needs no join.",
+    "created_at": "As in sources; repeated so that a filter needs no join.",
+    "content": "The chunk's text.",
+    "embedding": "Its vector. Cosine similarity of two is 1 - (a <=> b), in [-1, 1].",
+}
+COMMENTS |= {f"column tenant_documents.{name}": comment for name, comment in DOCUMENTS_COMMENTS.items()}
+
+TENANT = "tenant_id = current_setting('pgrecall.tenant_id', true)"
+ANALYST = (
+    "(select exists (select from analyst_tenants where analyst = session_user and tenant_id = '*'))"
+    " or tenant_id in (select tenant_id from analyst_tenants where analyst = session_user)"
+)
+GUARDED = ("document_terms", "term_statistics", "collection_statistics")
+RIGHTS = "".join(
+    f"""
+alter table {table} enable row level security;
+drop policy if exists app_{table} on {table};
+drop policy if exists analyst_{table} on {table};
+drop policy if exists backup_{table} on {table};
+create policy app_{table} on {table} to pgrecall_app using ({TENANT}) with check ({TENANT});
+create policy analyst_{table} on {table} for select to pgrecall_analyst using ({ANALYST});
+create policy backup_{table} on {table} for select to pgrecall_backup using (true);
+grant select, insert, update, delete on {table} to pgrecall_app;
+grant select on {table} to pgrecall_analyst, pgrecall_backup;
+grant select on tenant_{table} to pgrecall_app, pgrecall_backup;
+"""
+    for table in GUARDED
+) + """
+grant select on tenant_documents to pgrecall_app, pgrecall_backup;
+"""
+
+
+def _execute(statement: str) -> None:
+    op.execute(statement.strip().replace(":", r"\:"))
+
+
+def _run(statements: str) -> None:
+    for statement in statements.split(";\n"):
+        if statement.strip():
+            _execute(statement)
+
+
+def upgrade() -> None:
+    language = op.get_context().opts["text_language"]
+    _run(DOCUMENTS)
+    _run(TABLES)
+    for function in FUNCTIONS:
+        _execute(function.replace("{language}", language))
+    _execute(INDEXES)
+    for thing, comment in COMMENTS.items():
+        text = comment.replace("'", "''")
+        _execute(f"comment on {thing} is '{text}'")
+    _run(RIGHTS)
+    with op.get_context().autocommit_block():
+        _execute("set statement_timeout = 0")
+        _execute("call fill_terms()")
+        _execute("set statement_timeout = '60s'")
+
+
+def downgrade() -> None:
+    _run(
+        """
+drop procedure fill_terms(integer);
+drop function text_candidates(text[], double precision[], double precision, text);
+drop function threshold_formula(text[], double precision[], double precision[], integer, double precision);
+drop function text_question(text, text, integer);
+drop function recount_statistics(text);
+drop function fold_statistics(text);
+drop function forget_terms(text, text[], text[]);
+drop function learn_terms(text, text[], text[]);
+drop view tenant_document_terms;
+drop view tenant_term_statistics;
+drop view tenant_collection_statistics;
+drop table document_terms;
+drop table term_statistics;
+drop table collection_statistics;
+drop function tenant_terms(text, tsvector);
+create or replace function chunk_terms(content text) returns tsvector
+    language sql immutable strict parallel safe
+    return to_tsvector('pg_catalog.english'::regconfig, regexp_replace(content, '[^[:alnum:]]+', ' ', 'g'));
+drop function text_language();
+comment on function chunk_terms(text) is
+    'The words of a text as full-text search sees them: punctuation dropped, English stemming.';
+alter table documents add column terms tsvector generated always as (chunk_terms(content)) stored;
+create index documents_terms_idx on documents using gin (tenant_id, terms);
+create or replace view tenant_documents as
+    select tenant_id, id, chunk_key, doc_type, metadata, created_at, content, embedding, terms
+      from documents where tenant_id = current_setting('pgrecall.tenant_id', true);
+comment on column documents.terms is 'Its words for full-text search: chunk_terms(content), kept by PostgreSQL.';
+comment on column tenant_documents.terms is 'Its words for full-text search: chunk_terms(content), kept by PostgreSQL.';
+comment on index documents_terms_idx is 'Full-text conditions of the form terms @@ query within a tenant.';
+"""
+    )

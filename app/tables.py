@@ -244,9 +244,7 @@ document_terms = Table(
     _key("tenant_id", comment="As in documents."),
     _key("id", comment="As in documents."),
     _key("chunk_key", comment="As in documents."),
-    Column(
-        "terms", TSVECTOR, nullable=False, comment="chunk_terms(content): the chunk's words and where they stand."
-    ),
+    Column("terms", TSVECTOR, nullable=False, comment="chunk_terms(content): the chunk's words and where they stand."),
     Column("length", Integer, nullable=False, comment="How many words those are, repetitions counted."),
     PrimaryKeyConstraint("id", "chunk_key", "tenant_id"),
     ForeignKeyConstraint(
@@ -268,9 +266,7 @@ term_statistics = Table(
     metadata,
     _key("tenant_id", comment="Whose chunks were counted."),
     _key("term", comment="The word, as in document_terms.terms."),
-    Column(
-        "chunks", Integer, nullable=False, comment="How many more chunks hold it; negative for chunks that went."
-    ),
+    Column("chunks", Integer, nullable=False, comment="How many more chunks hold it; negative for chunks that went."),
     Column(
         "peak",
         Integer,

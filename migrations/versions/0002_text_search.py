@@ -380,8 +380,9 @@ ANALYST = (
     " or tenant_id in (select tenant_id from analyst_tenants where analyst = session_user)"
 )
 GUARDED = ("document_terms", "term_statistics", "collection_statistics")
-RIGHTS = "".join(
-    f"""
+RIGHTS = (
+    "".join(
+        f"""
 alter table {table} enable row level security;
 drop policy if exists app_{table} on {table};
 drop policy if exists analyst_{table} on {table};
@@ -393,10 +394,12 @@ grant select, insert, update, delete on {table} to pgrecall_app;
 grant select on {table} to pgrecall_analyst, pgrecall_backup;
 grant select on tenant_{table} to pgrecall_app, pgrecall_backup;
 """
-    for table in GUARDED
-) + """
+        for table in GUARDED
+    )
+    + """
 grant select on tenant_documents to pgrecall_app, pgrecall_backup;
 """
+)
 
 
 def _execute(statement: str) -> None:

@@ -109,6 +109,12 @@ def parser() -> argparse.ArgumentParser:
         asked.add_argument("--tenant", required=True, help="whose documents are searched")
         asked.add_argument("--top-k", type=_whole(1, 100), default=5, metavar="N", help="at most so many chunks (5)")
         asked.add_argument("--threshold", type=float, metavar="S", help="least cosine similarity, -1 to 1")
+        asked.add_argument(
+            "--mode",
+            choices=["vector", "text", "hybrid"],
+            default="vector",
+            help="by meaning, by words (BM25), or both (vector)",
+        )
         asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
@@ -144,6 +150,12 @@ def parser() -> argparse.ArgumentParser:
     )
     judged.add_argument(
         "--sample", type=_whole(2, 100_000), default=200, metavar="N", help="so many vectors, with --ann (200)"
+    )
+    judged.add_argument(
+        "--mode",
+        action="append",
+        choices=["vector", "text", "hybrid"],
+        help="only this way to search; may be repeated (all three)",
     )
     judged.add_argument("--per-query", action="store_true", help="every query's figures too, the worst first")
     judged.add_argument(

@@ -94,8 +94,8 @@ def recall(served: Found, exact: Found) -> float:
     """Share of the exact hits that were served; a hit as near as the last exact one counts."""
     if not exact.hits:
         return 1.0
-    last = exact.hits[-1].similarity - EQUAL
-    return min(1.0, sum(hit.similarity >= last for hit in served.hits) / len(exact.hits))
+    last = exact.hits[-1].score - EQUAL
+    return min(1.0, sum(hit.score >= last for hit in served.hits) / len(exact.hits))
 
 
 async def _timed(

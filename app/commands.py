@@ -236,15 +236,20 @@ async def asked(database: Database, embedder: Embedder, config: Settings, argume
         doc_types=tuple(arguments.doc_type) if arguments.doc_type else None,
         metadata=filters.parse(_json_object(arguments.metadata, "--metadata"), "--metadata"),
     )
-    vector = await search.question_vector(embedder, arguments.query)
+    mode: search.Mode = arguments.mode
+    vector = None
+    if mode != "text" or arguments.threshold is not None:
+        vector = await search.question_vector(embedder, arguments.query)
     return await search.search(
         database,
         config,
         arguments.tenant,
         vector,
         top_k=arguments.top_k,
+        question=arguments.query,
         threshold=arguments.threshold,
         conditions=conditions,
+        options=search.Options(mode=mode),
     )
 
 
@@ -277,8 +282,8 @@ def show_answer(question: str, answer: Any) -> None:
     terminal.out.print(answer.answer, markup=False)
     terminal.table(
         f"sources ({answer.model} answered; cited are {', '.join(map(str, answer.cited)) or 'none'})",
-        [("source", "right"), ("similarity", "right"), ("document", "left"), ("snippet", "left")],
-        [(s.source, f"{s.similarity:.3f}", s.id, terminal.snippet(s.content)) for s in answer.sources],
+        [("source", "right"), ("score", "right"), ("document", "left"), ("snippet", "left")],
+        [(s.source, f"{s.score:.3f}", s.id, terminal.snippet(s.content)) for s in answer.sources],
     )
 
 

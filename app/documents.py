@@ -4,8 +4,9 @@ from collections.abc import Container
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Delete, Integer, Select, Text, bindparam, delete, select
+from sqlalchemy import ARRAY, Integer, Select, Text, bindparam, delete, func, select
 
+from app import terms
 from app.conditions import Conditions, where, where_values
 from app.database import Database, rendered
 from app.errors import BadInput, NotFound, VersionConflict
@@ -22,8 +23,10 @@ LOCKED_STATE = (
 )
 """What the tag of one document is made of, with writers kept out until the transaction ends."""
 
-REMOVE = delete(sources).where(sources.c.tenant_id == _tenant, sources.c.id == bindparam("document_id", type_=Text))
-"""One document; its chunks go with it by the foreign key."""
+REMOVE = delete(sources).where(
+    sources.c.tenant_id == _tenant, sources.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))
+)
+"""Documents; their chunks go with them by the foreign key."""
 
 
 class Document(NamedTuple):
@@ -59,13 +62,10 @@ def listing(conditions: Conditions, *, after: bool) -> Select[Any]:
     return statement.limit(bindparam("page", type_=Integer))
 
 
-def removal(conditions: Conditions) -> Delete:
-    """Documents that satisfy the conditions, chunks and all. Parameters: those of `where`."""
-    # Locked first, in the order of the ids as batches do, and by conditions that are looked at again after each wait.
-    locked = (
-        select(sources.c.id).where(*where(conditions, sources)).order_by(sources.c.id).with_for_update().cte("locked")
-    )
-    return delete(sources).where(sources.c.tenant_id == _tenant, sources.c.id.in_(select(locked.c.id)))
+def matching(conditions: Conditions) -> Select[Any]:
+    """Ids of the documents that satisfy the conditions, locked. Parameters: those of `where`."""
+    # In the order of the ids as batches do, and by conditions that are looked at again after each wait.
+    return select(sources.c.id).where(*where(conditions, sources)).order_by(sources.c.id).with_for_update()
 
 
 _GET = rendered(GET)
@@ -103,7 +103,8 @@ async def remove(
             raise VersionConflict(
                 f"version {stored.version} of this document is stored now, which the condition does not allow"
             )
-        await connection.execute(REMOVE, values)
+        await terms.forget_documents(connection, tenant_id, [document_id])
+        await connection.execute(REMOVE, {"tenant_id": tenant_id, "ids": [document_id]})
 
 
 async def remove_matching(database: Database, tenant_id: str, conditions: Conditions) -> int:
@@ -111,5 +112,8 @@ async def remove_matching(database: Database, tenant_id: str, conditions: Condit
     if conditions == Conditions():
         raise BadInput("", "a filter is required: doc_type, metadata, created_after or created_before")
     async with database.write(tenant_id) as connection:
-        result = await connection.execute(removal(conditions), where_values(tenant_id, conditions))
-        return result.rowcount
+        found = await connection.execute(matching(conditions), where_values(tenant_id, conditions))
+        ids = list(found.scalars())
+        await terms.forget_documents(connection, tenant_id, ids)
+        await connection.execute(REMOVE, {"tenant_id": tenant_id, "ids": ids})
+        return len(ids)

@@ -22,6 +22,8 @@ SHORTEST, LONGEST = 1e-9, 1e9
 # A year from either end of what Python holds: no time zone moves such a moment out of it.
 EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)
+MAX_QUERY_BYTES = 32_000
+"""A question\'s text in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +20,12 @@ from app.database import Database, rendered
 from app.embedding import Embedder
 from app.errors import TimedOut
 from app.judgements import Question
-from app.search import Scan
+from app.search import Mode, Options, Scan
 from app.settings import Settings
 from app.statistics import Hits, Interval
 from app.tables import Vector, tenant_documents, tenant_sources
 
-MODES = ("vector",)
+MODES: tuple[Mode, ...] = ("vector", "text", "hybrid")
 """How a query can be searched; results are kept by mode."""
 
 EF_SEARCH = (20, 40, 100, 200, 400)
@@ -112,9 +111,9 @@ def latency(milliseconds: Sequence[float]) -> dict[str, float]:
 
 
 def scans(done: Sequence[Scan]) -> dict[str, int]:
-    """How many searches were exact from the start, answered by the index, or walked it and were completed exactly."""
+    """How many searches were exact from the start, answered by the index, walked it and were completed exactly, or by words."""
     kinds = Counter("completed" if scan.completed else scan.strategy for scan in done)
-    return {kind: kinds[kind] for kind in ("exact", "index", "completed")}
+    return {kind: kinds[kind] for kind in ("exact", "index", "completed", "text")}
 
 
 def hits(one: Judged) -> Hits:
@@ -126,36 +125,49 @@ def hits(one: Judged) -> Hits:
 
 
 async def run(
-    database: Database, embedder: Embedder, settings: Settings, questions: Sequence[Question], k: int
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    questions: Sequence[Question],
+    k: int,
+    mode: Mode = "vector",
 ) -> AsyncGenerator[Judged, None]:
     """Search for one question after the other. Raises BadInput, naming its line, for one the search refuses."""
     for question in questions:
         begun = time.perf_counter()
         vector = await search.question_vector(embedder, question.text, question.origin)
-        found, scan = await nearest_documents(database, settings, question.tenant_id, vector, k)
+        found, scan = await best_documents(
+            database, settings, question.tenant_id, vector, k, question=question.text, mode=mode
+        )
         yield Judged(question, found, 1000 * (time.perf_counter() - begun), scan)
 
 
-async def nearest_documents(
-    database: Database, settings: Settings, tenant_id: str, embedding: npt.NDArray[np.float32], k: int
+async def best_documents(
+    database: Database,
+    settings: Settings,
+    tenant_id: str,
+    embedding: npt.NDArray[np.float32],
+    k: int,
+    *,
+    question: str = "",
+    mode: Mode = "vector",
 ) -> Ranked:
-    """The k documents with the most similar chunks, best first, and those similarities; fewer if there are not k.
+    """The k documents with the best chunks, best first, and the similarities of those; fewer if there are not k.
 
     Raises TimedOut where a search would be short.
     """
-    top_k = 2 * k
-    while True:
-        hits, scan, _ = await search.search(database, settings, tenant_id, embedding, top_k=top_k)
-        if not scan.full:
-            raise TimedOut(
-                "a search ran into its time limit, figures would be too low; raise PGRECALL_STATEMENT_TIMEOUT"
-            )
-        best: dict[str, float] = {}
-        for hit in hits:
-            best.setdefault(hit.id, hit.similarity)
-        if len(best) >= k or len(hits) < top_k:
-            return Ranked(dict(islice(best.items(), k)), scan)
-        top_k *= 2
+    hits, scan, _ = await search.search(
+        database,
+        settings,
+        tenant_id,
+        embedding,
+        question=question,
+        top_k=k,
+        options=Options(mode=mode, grouped=True),
+    )
+    if not scan.full:
+        raise TimedOut("a search ran into its time limit, figures would be too low; raise PGRECALL_STATEMENT_TIMEOUT")
+    return Ranked({hit.id: hit.similarity or 0.0 for hit in hits}, scan)
 
 
 class Alternative(NamedTuple):
@@ -198,7 +210,7 @@ async def alternatives(
         for name in names[first:] + names[:first]:
             begun = time.perf_counter()
             try:
-                ranked = await nearest_documents(database, tried[name], question.tenant_id, vector, k)
+                ranked = await best_documents(database, tried[name], question.tenant_id, vector, k)
             except TimedOut:
                 del tried[name], found[name], took[name]
                 continue

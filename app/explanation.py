@@ -11,6 +11,14 @@ PURPOSE = {
     "few": "counts the rows that pass, up to the size from which the index pays, and measures them if there are no more",
     "nearest": "walks the HNSW index of the tenant's bucket, filtering as it goes, and measures its candidates again",
     "exact": "measures every row that passes",
+    "text": "finds the chunks whose words can reach the best scores, and scores them by BM25",
+} | {
+    f"hybrid {strategy}": f"BM25 over the words, fused with a vector leg that {purpose}"
+    for strategy, purpose in (
+        ("few", "measures the rows that pass if they are few"),
+        ("nearest", "walks the HNSW index of the tenant's bucket"),
+        ("exact", "measures every row that passes"),
+    )
 }
 
 
@@ -64,7 +72,9 @@ async def of(
 
 
 def _reason(found: Found) -> str:
-    names = [step.statement.name for step in found.steps]
+    names = [step.statement.name.removeprefix("hybrid ") for step in found.steps]
+    if names == ["text"]:
+        return "the mode text was asked for"
     bound = found.steps[0].statement.values["bound"] - 1
     if names == ["exact"]:
         return "exact was asked for"

@@ -37,7 +37,8 @@ PREFLIGHT = Statement(
     """
 with guarded as (
     select c.oid, c.relowner, c.relrowsecurity from pg_class c
-     where c.oid in (to_regclass('sources'), to_regclass('documents'), to_regclass('embedding_cache'))
+     where c.oid in (to_regclass('sources'), to_regclass('documents'), to_regclass('embedding_cache'),
+                    to_regclass('document_terms'), to_regclass('term_statistics'), to_regclass('collection_statistics'))
 )
 select (select count(*) from guarded) as tables, current_user as login,
        exists (select from guarded g, pg_roles w
@@ -56,7 +57,7 @@ select (select count(*) from guarded) as tables, current_user as login,
 )
 """Whether the role that every transaction drops to is confined to one tenant and finds pgvector. Reads catalogues only."""
 
-GUARDED = 3
+GUARDED = 6
 """Tables the preflight looks at."""
 
 
@@ -166,7 +167,7 @@ async def preflight(database: Database, *, replica: bool = False) -> None:
     """
     (row,) = await database.fetch_public(PREFLIGHT, as_login=True, replica=replica)
     if row["tables"] < GUARDED:
-        raise SchemaTooOld(f"the database has no schema yet, this release needs {REQUIRED}: run `pgrecall migrate`")
+        raise SchemaTooOld(f"the database lacks tables, this release needs revision {REQUIRED}: run `pgrecall migrate`")
     if not row["member"]:
         raise Unsafe(
             f"the login {row['login']} may not become {roles.APP}: run "
@@ -183,8 +184,8 @@ async def preflight(database: Database, *, replica: bool = False) -> None:
         raise Unsafe(f"{roles.APP} has the rights of the tables' owner: REVOKE that role FROM {roles.APP}")
     if not row["secured"] or row["policies"] < GUARDED:
         raise Unsafe(
-            "row-level security is off on sources, documents or embedding_cache, or a policy is missing: "
-            "ALTER TABLE … ENABLE ROW LEVEL SECURITY, and restore the policies of migrations/versions/0001"
+            "row-level security is off on a table that holds tenants' rows, or a policy is missing: "
+            "ALTER TABLE … ENABLE ROW LEVEL SECURITY, and restore the policies of migrations/versions"
         )
     if row["hidden"]:
         raise SetupError(

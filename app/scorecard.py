@@ -34,6 +34,7 @@ from app.evaluation import Judged
 from app.files import Unreadable
 from app.judgements import Collection, Question
 from app.report import Evaluation, Results
+from app.search import Mode
 from app.settings import Settings
 
 TRIED = 300
@@ -67,7 +68,9 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
     collection = judgements.read(arguments.path, arguments.tenant)
     saved = _saved(arguments.compare, collection, k) if arguments.compare else {}
     with schema.provided(config) as ready:
-        measured = asyncio.run(_measured(ready, collection, k, in_full=arguments.report is not None))
+        measured = asyncio.run(
+            _measured(ready, collection, k, arguments.mode or evaluation.MODES, in_full=arguments.report is not None)
+        )
     rows = {mode: [comparison.row(one, k) for one in each.judged] for mode, each in measured.modes.items()}
     compared = _compared(rows, saved)
     documents = {mode: _document(each.judged, k, measured.missing) for mode, each in measured.modes.items()}
@@ -96,7 +99,7 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
 
 def _check_alone(arguments: Namespace) -> None:
     """Raise BadInput for what has no meaning without judgements."""
-    for option in ("path", "report", "compare", "save", "per_query"):
+    for option in ("path", "report", "compare", "save", "per_query", "mode"):
         if getattr(arguments, option):
             raise BadInput("--ann", f"takes no {option.replace('_', '-')}: there are no judged queries in it")
 
@@ -124,35 +127,40 @@ class Measured:
     missing: int
 
 
-async def _measured(config: Settings, collection: Collection, k: int, *, in_full: bool) -> Measured:
+async def _measured(
+    config: Settings, collection: Collection, k: int, chosen: Sequence[Mode], *, in_full: bool
+) -> Measured:
     """`in_full`: with what the report shows besides the figures."""
     async with commands.opened(config) as (database, embedder):
         if collection.tenant_id is not None:
             await _provide(database, embedder, config, collection, collection.tenant_id)
         missing = await _missing(database, collection)
         modes = {}
-        for mode in evaluation.MODES:
-            judged = await _searched(database, embedder, config, collection.questions, k)
+        for mode in chosen:
+            judged = await _searched(database, embedder, config, collection.questions, k, mode)
             modes[mode] = Results(judged)
-            if in_full:
+            if in_full and mode == "vector":
                 tried = statistics.sample(collection.questions, TRIED)
                 with terminal.progress("queries") as bar:
                     task = bar.add_task("search under other settings", total=len(tried))
                     alternatives = await evaluation.alternatives(
                         database, embedder, config, tried, k, partial(bar.advance, task)
                     )
+            else:
+                alternatives = []
+            if in_full:
                 passages = await _passages(database, embedder, report.worst(judged, k))
                 modes[mode] = Results(judged, alternatives, passages)
         return Measured(modes, missing)
 
 
 async def _searched(
-    database: Database, embedder: Embedder, config: Settings, questions: Sequence[Question], k: int
+    database: Database, embedder: Embedder, config: Settings, questions: Sequence[Question], k: int, mode: Mode
 ) -> list[Judged]:
     judged = []
     with terminal.progress("queries") as bar:
         task = bar.add_task(f"search for {len(questions)} queries", total=len(questions))
-        async with aclosing(evaluation.run(database, embedder, config, questions, k)) as results:
+        async with aclosing(evaluation.run(database, embedder, config, questions, k, mode)) as results:
             async for one in results:
                 judged.append(one)
                 bar.advance(task)

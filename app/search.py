@@ -8,53 +8,64 @@ that a busy tenant's search is one statement. `scans` has the statements.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from sqlalchemy import Select
 
-from app import layout, scans
+from app import diversity, fusion, layout, scans, text
 from app.conditions import Conditions, where_values
 from app.database import Database, Rendered, Statement, rendered
-from app.drafts import check_text
+from app.drafts import MAX_QUERY_BYTES, check_text
 from app.embedding import Embedder
 from app.errors import BadInput, TimedOut
+from app.fusion import Method, Mixed
 from app.scans import Strategy, Wanted
 from app.settings import Settings
 from app.tables import Kind
 
+Mode = Literal["vector", "text", "hybrid"]
+
 MAX_TOP_K = 100
 MAX_OVERSAMPLING = 100
-MAX_QUERY_BYTES = 32_000
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One chunk found. `similarity` is cosine similarity in [-1, 1]; `start_offset` counts characters in the document."""
+    """One chunk found, ranked by `score`. `start_offset` counts characters in the document.
+
+    `similarity` is cosine similarity in [-1, 1], None where words were searched without a vector; `text_score` is BM25,
+    above 0, None where the words were not searched or did not find this chunk. `score` is the similarity in the mode
+    `vector`, the text score in `text` and the fused one in `hybrid`.
+    """
 
     id: str
     chunk_index: int
     content: str
-    similarity: float
+    similarity: float | None
     doc_type: str | None
     metadata: dict[str, Any]
     created_at: datetime
     start_offset: int
+    score: float = 0.0
+    text_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """How a search was done.
+    """How a search was done, of a hybrid one the vector leg.
 
-    `strategy`: `exact` measured every row that passes the filter, `index` walked the HNSW index. `completed`: the index
+    `strategy`: `exact` measured every row that passes the filter, `index` walked the HNSW index, `text` searched the
+    words only. `completed`: the index
     scan ended short and was completed exactly. `full`: min(top_k, matching) rows were found; false only if completing
     ran into the time limit. `kind`: precision of the index that was walked.
     """
 
-    strategy: Literal["exact", "index"]
+    strategy: Literal["exact", "index", "text"]
     completed: bool = False
     full: bool = True
     kind: Kind | None = None
@@ -81,8 +92,16 @@ class Options:
     """How to search, where the settings and the active index are not to decide.
 
     `exact`: measure every row. `ef_search`: breadth of the walk, 10 to 1,000. `oversampling`: candidates taken from the
-    index for each hit, 1 to 100. `grouped`: the best chunk of each document, so top_k documents.
+    index for each hit, 1 to 100. `grouped`: the best chunk of each document, so top_k documents. `mode`: by vectors, by
+    the question's words (BM25), or both fused by `fusion` with these weights. `diversity`, 0 to 1: how much a hit's
+    likeness to those above it counts against it (maximal marginal relevance).
     """
+
+    mode: Mode = "vector"
+    fusion: Method = "rrf"
+    vector_weight: float = 1.0
+    text_weight: float = 1.0
+    diversity: float = 0.0
 
     exact: bool = False
     ef_search: int | None = None
@@ -111,40 +130,86 @@ async def search(
     database: Database,
     settings: Settings,
     tenant_id: str,
-    embedding: npt.NDArray[np.float32],
+    embedding: npt.NDArray[np.float32] | None,
     *,
+    question: str = "",
     top_k: int = 10,
     threshold: float | None = None,
     conditions: Conditions | None = None,
     options: Options | None = None,
 ) -> Found:
-    """The chunks of `tenant_id` most similar to `embedding` (shape (dimensions,)), at least as similar as `threshold`."""
+    """The best chunks of `tenant_id`, at least as similar to `embedding` (shape (dimensions,)) as `threshold`.
+
+    `question` is what the modes `text` and `hybrid` search the words of; `text` needs no embedding but for a threshold.
+    """
     conditions, options = conditions or Conditions(), options or Options()
+    several = min(MAX_TOP_K, max(top_k, diversity.CHOICE * top_k)) if options.diversity else top_k
     laid_out = await layout.of(database, tenant_id)
-    wanted = Wanted(len(embedding), laid_out.kind, threshold is not None, options.grouped)
+    dimensions = 0 if embedding is None else len(embedding)
+    wanted = Wanted(dimensions, laid_out.kind, threshold is not None, options.grouped, bool(options.diversity))
+    leg_k = max(fusion.LEG, several)
     oversampling = options.oversampling or laid_out.oversampling
-    candidates = min(max(math.ceil(top_k * oversampling), top_k), scans.MAX_EF_SEARCH)
-    bound = settings.exact_rows
-    if bound is None:
-        bound = layout.breakeven(laid_out.rows, candidates)
-    shape = conditions.shape, bound
-    which = where_values(tenant_id, conditions)
-    asked: dict[str, Any] = {"embedding": embedding, "top_k": top_k, "bound": bound + 1, "candidates": candidates}
+    candidates = max(math.ceil(several * oversampling), leg_k if options.mode == "hybrid" else several)
+    plan = _Plan(
+        leg_k,
+        min(candidates, scans.MAX_EF_SEARCH),
+        settings.exact_rows,
+        laid_out.rows,
+        options.ef_search or settings.ef_search,
+        several if options.mode == "vector" else leg_k,
+    )
+    values = {"top_k": several, "leg_k": leg_k, "bound": plan.bound + 1, "candidates": plan.candidates}
+    asked: dict[str, Any] = values | where_values(tenant_id, conditions)
+    if embedding is not None:
+        asked["embedding"] = embedding
     if threshold is not None:
         asked["threshold"] = threshold
-    walk = _Walk(database, tenant_id, conditions, wanted, which | asked)
-    if options.exact:
+    if options.mode != "vector":
+        asked |= text.values(settings, question, leg_k, conditions)
+        asked |= {"vector_weight": options.vector_weight, "text_weight": options.text_weight}
+    walk = _Walk(database, tenant_id, conditions, wanted, asked, options)
+    found = await _words(walk) if options.mode == "text" else await _nearest(walk, plan, threshold)
+    if options.diversity:
+        return found._replace(hits=diversity.chosen(found.hits, walk.vectors, top_k, options.diversity))
+    return found
+
+
+class _Plan(NamedTuple):
+    leg_k: int
+    candidates: int
+    exact_rows: int | None
+    rows: float
+    ef_search: int
+    enough: int
+
+    @property
+    def bound(self) -> int:
+        """The most rows that are measured without asking the index."""
+        return layout.breakeven(self.rows, self.candidates) if self.exact_rows is None else self.exact_rows
+
+
+async def _words(walk: "_Walk") -> Found:
+    rows = await walk.rows(None, scans.EXACT)
+    return Found(walk.hits(rows), Scan("text"), walk.steps)
+
+
+async def _nearest(walk: "_Walk", plan: _Plan, threshold: float | None) -> Found:
+    database, conditions, wanted = walk.database, walk.conditions, walk.wanted
+    which, shape = where_values(walk.tenant_id, conditions), (conditions.shape, plan.bound)
+    hybrid = walk.options.mode == "hybrid"
+    if walk.options.exact:
         rows = await walk.rows("exact", scans.EXACT)
-        return Found(_hits(rows), Scan("exact"), walk.steps)
+        return Found(walk.hits(rows), Scan("exact"), walk.steps)
     if not layout.is_large(database, which, shape):
         rows = await walk.rows("few", scans.EXACT)
-        if rows[0]["candidates"] <= bound:
-            return Found(_hits(rows), Scan("exact"), walk.steps)
+        if rows[0]["candidates"] <= plan.bound:
+            return Found(walk.hits(rows), Scan("exact"), walk.steps)
         layout.note(database, which, shape, large=True)
+    candidates = plan.candidates
     while True:
-        rows = await walk.rows("nearest", scans.index_config(options.ef_search or settings.ef_search, candidates))
-        hits = _hits(rows)
-        enough = len(hits) == top_k or (threshold is not None and not options.grouped)
+        rows = await walk.rows("nearest", scans.index_config(plan.ef_search, candidates))
+        hits = walk.hits(rows)
+        enough = hybrid or len(hits) == walk.values["top_k"] or (threshold is not None and not wanted.grouped)
         if rows[0]["candidates"] >= candidates and enough:
             return Found(hits, Scan("index", kind=wanted.kind), walk.steps)
         if rows[0]["candidates"] < candidates or candidates == scans.MAX_EF_SEARCH:
@@ -156,34 +221,46 @@ async def search(
         rows = await walk.rows("exact", scans.EXACT)
     except TimedOut:
         return Found(hits, Scan("index", full=False, kind=wanted.kind), walk.steps)
-    return Found(_hits(rows), Scan("exact", completed=True), walk.steps)
+    return Found(walk.hits(rows), Scan("exact", completed=True), walk.steps)
 
 
 @dataclass
 class _Walk:
-    """One search under way: its values, and the statements run so far."""
+    """One search under way: its values, the statements run so far, the vectors of the last one's hits where wanted."""
 
     database: Database
     tenant_id: str
     conditions: Conditions
     wanted: Wanted
     values: dict[str, Any]
+    options: Options
     steps: list[Step] = field(default_factory=list)
+    vectors: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
-    async def rows(self, strategy: Strategy, config: dict[str, str]) -> list[dict[str, Any]]:
-        statement = _statement(strategy, self.conditions, self.wanted).with_values(strategy, self.values)
+    async def rows(self, strategy: Strategy | None, config: dict[str, str]) -> list[dict[str, Any]]:
+        if self.options.mode == "vector" and strategy is not None:
+            statement = _statement(strategy, self.conditions, self.wanted).with_values(strategy, self.values)
+        else:
+            mixed = Mixed(self.wanted, strategy, self.options.fusion, "embedding" in self.values)
+            name = f"hybrid {strategy}" if strategy else "text"
+            statement = _mixed(self.conditions, mixed).with_values(name, self.values)
+            config = config | text.CONFIG
         begun = time.perf_counter()
         (rows,) = await self.database.fetch(self.tenant_id, [statement], config)
         self.steps.append(Step(statement, config, 1000 * (time.perf_counter() - begun)))
         return rows
 
-
-def _hits(rows: list[dict[str, Any]]) -> list[Hit]:
-    return [
-        Hit(**{name: value for name, value in row.items() if name != "candidates"})
-        for row in rows
-        if row["id"] is not None
-    ]
+    def hits(self, rows: list[dict[str, Any]]) -> list[Hit]:
+        found = [row for row in rows if row["id"] is not None]
+        if self.wanted.vectors:
+            self.vectors = [row["embedding"].to_numpy() for row in found]
+        return [
+            Hit(
+                **{"score": row["similarity"]}
+                | {name: value for name, value in row.items() if name not in {"candidates", "embedding"}}
+            )
+            for row in found
+        ]
 
 
 _CACHE: dict[Any, Rendered] = {}
@@ -191,9 +268,16 @@ _CACHED = 1_000
 
 
 def _statement(strategy: Strategy, conditions: Conditions, wanted: Wanted) -> Rendered:
-    key = (strategy, conditions.shape, wanted)
+    return _kept((strategy, conditions.shape, wanted), lambda: scans.build(strategy, conditions, wanted))
+
+
+def _mixed(conditions: Conditions, mixed: Mixed) -> Rendered:
+    return _kept((conditions.shape, mixed), lambda: fusion.build(conditions, mixed))
+
+
+def _kept(key: Hashable, build: Callable[[], Select[Any]]) -> Rendered:
     if key not in _CACHE:
         if len(_CACHE) >= _CACHED:
             _CACHE.clear()
-        _CACHE[key] = rendered(scans.build(strategy, conditions, wanted))
+        _CACHE[key] = rendered(build())
     return _CACHE[key]

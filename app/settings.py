@@ -33,6 +33,7 @@ _HOST = r" *(\*|[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?) *"
 Hosts = Annotated[
     str, Meta(pattern=f"^{_HOST}(,{_HOST})*$", description="names and addresses without port, commas between; or *")
 ]
+CONFIGURATION = "the name of a text search configuration of PostgreSQL, such as english, german or simple"
 
 
 def variable(field: str) -> str:
@@ -62,6 +63,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     embedding_retries: Annotated[int, Meta(ge=0, le=10)] = 4
     cache_rows: Annotated[int, Meta(ge=0, le=100_000_000)] = 100_000
 
+    text_language: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_]{0,62}$", description=CONFIGURATION)] = "english"
     chunk_max_tokens: Annotated[int, Meta(ge=16, le=8000)] = 200
     chunk_overlap_tokens: Annotated[int, Meta(ge=0, le=4000)] = 40
     request_tokens: Annotated[int, Meta(ge=1_000, le=100_000_000)] = 250_000

@@ -1,6 +1,6 @@
 """The tables as SQLAlchemy sees them: what statements are built from and what `alembic check` compares migrations with.
 
-`sources` is one row per document, `documents` one row per embedded chunk; the migrations carry the COMMENTs, the views,
+`sources` is one row per document, `documents` one row per embedded chunk, `document_terms` its words; the migrations carry the COMMENTs, the views,
 the policies and the grants. Reads go through the tenant views, writes to the tables (docs/schema.md).
 """
 
@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from sqlalchemy import (
     ARRAY,
+    REAL,
     BigInteger,
     CheckConstraint,
     Column,
     ColumnElement,
-    Computed,
     DateTime,
     ForeignKeyConstraint,
     Index,
@@ -223,12 +223,6 @@ documents = Table(
         nullable=False,
         comment="Its vector. Cosine similarity of two is 1 - (a <=> b), in [-1, 1].",
     ),
-    Column(
-        "terms",
-        TSVECTOR,
-        Computed("chunk_terms(content)", persisted=True),
-        comment="Its words for full-text search: chunk_terms(content), kept by PostgreSQL.",
-    ),
     PrimaryKeyConstraint("tenant_id", "id", "chunk_key"),
     ForeignKeyConstraint(["tenant_id", "id"], ["sources.tenant_id", "sources.id"], ondelete="CASCADE"),
     comment="One row per embedded chunk, always complete: text and vector. A short document has one row.",
@@ -244,7 +238,6 @@ Index(
     postgresql_using="gin",
     postgresql_ops={"metadata": "jsonb_path_ops"},
 )
-Index("documents_terms_idx", documents.c.tenant_id, documents.c.terms, postgresql_using="gin")
 
 Kind = Literal["full", "half", "binary"]
 """Precision of an HNSW index: of `embedding` as it is stored, as halfvec, or of the signs of its components."""
@@ -301,6 +294,72 @@ vector_indexes = Table(
 )
 Index("vector_indexes_active_idx", vector_indexes.c.state, unique=True, postgresql_where=text("state = 'active'"))
 
+document_terms = Table(
+    "document_terms",
+    metadata,
+    _key("tenant_id", comment="As in documents."),
+    _key("id", comment="As in documents."),
+    _key("chunk_key", comment="As in documents."),
+    Column("terms", TSVECTOR, nullable=False, comment="chunk_terms(content): the chunk's words and where they stand."),
+    Column("length", Integer, nullable=False, comment="How many words those are, repetitions counted."),
+    PrimaryKeyConstraint("id", "chunk_key", "tenant_id"),
+    ForeignKeyConstraint(
+        ["tenant_id", "id", "chunk_key"],
+        ["documents.tenant_id", "documents.id", "documents.chunk_key"],
+        ondelete="CASCADE",
+    ),
+    comment="One row per chunk whose words can be searched: what BM25 needs of it. Written with the chunk.",
+)
+Index(
+    "document_terms_tenant_terms_idx",
+    func.tenant_terms(document_terms.c.tenant_id, document_terms.c.terms),
+    postgresql_using="gin",
+    postgresql_with={"fastupdate": "off"},
+)
+
+term_statistics = Table(
+    "term_statistics",
+    metadata,
+    _key("tenant_id", comment="Whose chunks were counted."),
+    _key("term", comment="The word, as in document_terms.terms."),
+    Column("chunks", Integer, nullable=False, comment="How many more chunks hold it; negative for chunks that went."),
+    Column(
+        "peak",
+        Integer,
+        nullable=False,
+        comment="The most times it stands in one of them; deletions do not lower it.",
+    ),
+    Column(
+        "density",
+        REAL,
+        nullable=False,
+        comment="The largest share of a chunk's words that it makes up; deletions do not lower it.",
+    ),
+    comment="In how many chunks of a tenant a word stands: the sum of its rows. Writers only add rows; fold_statistics makes one of several.",
+)
+Index(
+    "term_statistics_tenant_id_term_idx",
+    term_statistics.c.tenant_id,
+    term_statistics.c.term,
+    postgresql_include=["chunks", "peak", "density"],
+)
+
+collection_statistics = Table(
+    "collection_statistics",
+    metadata,
+    _key("tenant_id", comment="Whose chunks were counted."),
+    Column(
+        "chunks", BigInteger, nullable=False, comment="How many more chunks there are; negative for chunks that went."
+    ),
+    Column("length", BigInteger, nullable=False, comment="How many words more there are, repetitions counted."),
+    comment="How many chunks a tenant has and how long they are: the sum of its rows. Writers only add rows.",
+)
+Index(
+    "collection_statistics_tenant_id_idx",
+    collection_statistics.c.tenant_id,
+    postgresql_include=["chunks", "length"],
+)
+
 embedding_cache = Table(
     "embedding_cache",
     metadata,
@@ -331,6 +390,7 @@ views = MetaData()
 
 tenant_sources = Table("tenant_sources", views, *(Column(c.name, c.type) for c in sources.columns))
 tenant_documents = Table("tenant_documents", views, *(Column(c.name, c.type) for c in documents.columns))
+tenant_document_terms = Table("tenant_document_terms", views, *(Column(c.name, c.type) for c in document_terms.columns))
 
 
 def default_kind(dimensions: int) -> Kind:

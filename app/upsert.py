@@ -18,7 +18,7 @@ from sqlalchemy import ARRAY, Text, bindparam, delete, func, insert, select, tup
 from sqlalchemy.dialects.postgresql import insert as upsert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import cache, chunking
+from app import cache, chunking, terms
 from app.chunking import Chunk
 from app.database import Database, rendered
 from app.drafts import Draft, check
@@ -101,9 +101,12 @@ async def put(
         vectors = await _vectors(database, embedder, settings, tenant_id, plans, stored)
         try:
             async with database.write(tenant_id) as connection:
-                return await _write(connection, tenant_id, plans, vectors, stored, expected)
+                outcomes, unfolded = await _write(connection, tenant_id, plans, vectors, stored, expected)
         except _Overtaken:
             continue
+        if unfolded > terms.FOLD_AFTER:
+            await terms.fold(database, tenant_id)
+        return outcomes
     raise Unavailable("other writers kept changing these documents; try again")
 
 
@@ -324,7 +327,7 @@ async def _write(
     vectors: Mapping[str, npt.NDArray[np.float32]],
     seen: Mapping[str, _Stored],
     expected: Container[str | None] | None,
-) -> list[Outcome]:
+) -> tuple[list[Outcome], int]:
     now: datetime = (await connection.execute(NOW)).scalar_one()
     created = await _create(connection, tenant_id, [plan for plan in plans if plan.draft.id not in seen], now)
     locked, own = await _lock(connection, tenant_id, [plan for plan in plans if plan.draft.id not in created])
@@ -341,6 +344,9 @@ async def _write(
             )
         else:
             outcomes.append(_difference(rows, tenant_id, plan, before, own.get(plan.draft.id), vectors, now))
+    gone = [(row["document_id"], key) for row in rows.removed for key in row["keys"]]
+    if gone:
+        await terms.forget(connection, tenant_id, gone)
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),
@@ -349,7 +355,8 @@ async def _write(
     ):
         if values:
             await connection.execute(statement, values)
-    return outcomes
+    added = [(row["id"], row["chunk_key"]) for row in rows.added]
+    return outcomes, await terms.learn(connection, tenant_id, added) if added else 0
 
 
 class _Rows(NamedTuple):

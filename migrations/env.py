@@ -39,10 +39,11 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
         embedding_model=model,
         index_kind=kind,
         embedding_dimensions=dimensions,
+        text_language=options.text_language,
     )
 
 
-CONTRIB_INDEXES = frozenset({"documents_labels_idx", "documents_terms_idx"})
+CONTRIB_INDEXES = frozenset({"documents_labels_idx"})
 """Left out on a server without btree_gin."""
 
 
@@ -55,7 +56,9 @@ def _ours(thing: object, name: str | None, kind: str, reflected: bool, compared:
         return connection.execute(text("select from pg_extension where extname = 'btree_gin'")).first() is not None
     if kind == "index" and reflected and (name or "").startswith("documents_embedding_") and compared is None:
         active = context.get_context().opts["index_kind"]
-        return active is not None and name in tables.embedding_indexes(active)  # others are being built or were retired by `pgrecall index`
+        return active is not None and name in tables.embedding_indexes(
+            active
+        )  # others are being built or were retired by `pgrecall index`
     # What operations build at run time carries this prefix and is recorded by them, not by migrations.
     return not (reflected and (name or "").startswith("pgrecall_run_"))
 

@@ -47,7 +47,7 @@ async def live() -> Live:
     responses=problems.DOCUMENTED
     | {
         200: ResponseSpec(
-            Ready, description="Ready", examples=[Example("ready", value=Ready("0001", "all-MiniLM-L6-v2-int8", 384))]
+            Ready, description="Ready", examples=[Example("ready", value=Ready("0002", "all-MiniLM-L6-v2-int8", 384))]
         )
     },
 )

@@ -37,6 +37,7 @@ class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults
         None
     )
     stream: Annotated[bool, Meta(description="Answer with server-sent events.")] = False
+    mode: Annotated[search.Mode, Meta(description="How the sources are searched, as in /search.")] = "vector"
     top_k: TopK = 5
     threshold: Threshold | None = None
     doc_type: DocType = None
@@ -96,9 +97,11 @@ async def answer_question(
         service.settings,
         data.tenant_id,
         vector,
+        question=data.question,
         top_k=data.top_k,
         threshold=data.threshold,
         conditions=narrowed,
+        options=search.Options(mode=data.mode),
     )
     parts = (service.chat, service.embedder, data.question, found.hits)
     options: dict[str, Any] = {"system_prompt": data.system_prompt, "settings": service.settings}

@@ -5,6 +5,8 @@ from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from litestar import post
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
@@ -16,7 +18,7 @@ from app import explanation, filters, scans, search, tenants
 from app.api import operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
-from app.drafts import check_moment, check_range, check_text, check_vector
+from app.drafts import MAX_QUERY_BYTES, check_moment, check_range, check_text, check_vector
 from app.errors import BadInput
 from app.explanation import Explanation
 from app.search import Hit, Options, Scan
@@ -72,6 +74,11 @@ Oversampling = Annotated[
 ]
 
 
+Weight = Annotated[
+    float, Meta(description="Weight of a leg in hybrid.", extra_json_schema={"extra": {"minimum": 0, "maximum": 100}})
+]
+
+
 class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to search for: `query` (embedded here) or `embedding` (a vector of the database's model)."""
 
@@ -84,6 +91,25 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     metadata: Metadata = {}
     created_after: After = None
     created_before: Before = None
+    mode: Annotated[
+        search.Mode,
+        Meta(
+            description="vector: by meaning. text: by the words of `query` (BM25). hybrid: both, fused in one statement."
+        ),
+    ] = "vector"
+    fusion: Annotated[
+        Literal["rrf", "relative"],
+        Meta(description="How hybrid joins its legs: reciprocal ranks (k = 60), or scores brought to 0..1."),
+    ] = "rrf"
+    vector_weight: Weight = 1.0
+    text_weight: Weight = 1.0
+    diversity: Annotated[
+        float,
+        Meta(
+            description="How much a hit's likeness to those above it counts against it (maximal marginal relevance).",
+            extra_json_schema={"extra": {"minimum": 0, "maximum": 1}},
+        ),
+    ] = 0.0
     group_by: Annotated[Literal["id"] | None, Meta(description="id: the best chunk of each document.")] = None
     exact: Annotated[bool, Meta(description="Measure every chunk that passes instead of walking the index.")] = False
     ef_search: EfSearch = None
@@ -98,7 +124,7 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
 
 
 class SearchResponse(Struct):
-    """Chunks, most similar first; ties by id, then by place. `scan` says how they were found."""
+    """Chunks by score, best first; ties by id, then by place. `scan` says how they were found."""
 
     results: list[Hit]
     count: int
@@ -138,7 +164,7 @@ def conditions(
     if types is not None and len(types) > MAX_DOC_TYPES:
         raise BadInput("doc_type", f"has {len(types):,} types; allowed: at most {MAX_DOC_TYPES:,}")
     for index, each in enumerate(types or ()):
-        check_text("doc_type" if isinstance(doc_type, str) else f"doc_type[{index}]", each, 0, search.MAX_QUERY_BYTES)
+        check_text("doc_type" if isinstance(doc_type, str) else f"doc_type[{index}]", each, 0, MAX_QUERY_BYTES)
     check_moment("created_after", created_after)
     check_moment("created_before", created_before)
     return Conditions(
@@ -159,6 +185,7 @@ FOUND = SearchResponse(
             chunk_index=0,
             content="To reset your password, open Settings and choose Security.",
             similarity=0.7421,
+            score=0.7421,
             doc_type="faq",
             metadata={"lang": "en"},
             created_at=datetime.fromisoformat("2026-01-31T12:00:00+00:00"),
@@ -186,20 +213,16 @@ async def search_chunks(
 ) -> SearchResponse:
     """min(top_k, matching) chunks of the tenant, never fewer; `scan` says whether an index was walked."""
     narrowed = asked(data)
-    if (data.query is None) == (data.embedding is None):
-        raise BadInput("query", "give either query or embedding, not both and not neither")
     options = _options(data)
     begun = time.perf_counter()
-    if data.embedding is not None:
-        vector = check_vector(data.embedding, service.embedder.dimensions)
-    else:
-        vector = await search.question_vector(service.embedder, data.query or "")
+    vector = await _vector(service, data)
     embedded = time.perf_counter()
     found = await search.search(
         service.database,
         service.settings,
         data.tenant_id,
         vector,
+        question=data.query or "",
         top_k=data.top_k,
         threshold=data.threshold,
         conditions=narrowed,
@@ -219,7 +242,22 @@ async def search_chunks(
     return response
 
 
+async def _vector(service: Service, data: SearchRequest) -> npt.NDArray[np.float32] | None:
+    if data.mode == "vector" and (data.query is None) == (data.embedding is None):
+        raise BadInput("query", "give either query or embedding, not both and not neither")
+    if data.mode != "vector" and data.query is None:
+        raise BadInput("query", f"is missing; the mode {data.mode} searches its words")
+    if data.embedding is not None:
+        return check_vector(data.embedding, service.embedder.dimensions)
+    if data.mode == "text" and data.threshold is None and not data.diversity:
+        return None
+    return await search.question_vector(service.embedder, data.query or "")
+
+
 def _options(data: SearchRequest) -> Options:
+    for name in ("vector_weight", "text_weight"):
+        check_range(name, getattr(data, name), 0, 100)
+    check_range("diversity", data.diversity, 0, 1)
     if data.ef_search is not None:
         check_range("ef_search", data.ef_search, 10, scans.MAX_EF_SEARCH)
     if data.oversampling is not None:
@@ -229,4 +267,9 @@ def _options(data: SearchRequest) -> Options:
         ef_search=data.ef_search,
         oversampling=data.oversampling if data.rescore else 1.0,
         grouped=data.group_by == "id",
+        mode=data.mode,
+        fusion=data.fusion,
+        vector_weight=data.vector_weight,
+        text_weight=data.text_weight,
+        diversity=data.diversity,
     )

@@ -1,0 +1,230 @@
+"""Full-text search: exact BM25 (k1 = 1.2, b = 0.75) within one tenant, under the same conditions as the vector search.
+
+One statement. `text_question` gives the question's words, their weights and the most each can add to a score. Then
+passes: the index finds the chunks whose words could together reach a threshold, those are scored, and the best are the
+answer if the last of them reaches the threshold, for then nothing outside can. If not, its score, or less where too few
+were found, is the threshold of the next pass. docs/text-search.md tells it with sources and figures.
+
+Words are alternatives; a "phrase" or -exclusion restricts what is found and adds nothing to a score but its words.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    CTE,
+    ColumnElement,
+    Integer,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    column,
+    false,
+    func,
+    literal,
+    literal_column,
+    not_,
+    null,
+    or_,
+    select,
+    text,
+    true,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION, TSQUERY, aggregate_order_by
+from sqlalchemy.sql.selectable import LateralFromClause
+
+from app.conditions import Conditions, where
+from app.drafts import MAX_QUERY_BYTES, check_text
+from app.errors import BadInput
+from app.settings import Settings
+from app.tables import tenant_document_terms, tenant_documents
+
+K1, B = 1.2, 0.75
+
+MOST_TERMS = 12
+"""Words of a question that count: the most selective. The score is written out for so many."""
+
+FEW_TERMS = 6
+"""So many need not look at the second half of it."""
+
+FIRST = 0.6
+"""First threshold, as a share of the sum of the words' upper bounds. Too high costs a cheap pass, too low a dear one."""
+
+LOWER = (0.42, 0.3, 0.2, 0.1)
+"""The next ones where too few chunks were found; then every chunk that holds a word is scored."""
+
+EXACT_ROWS = 5_000
+"""Rows that satisfy the conditions up to which all of them are scored, where PGRECALL_EXACT_ROWS is not set."""
+
+CONFIG = {"enable_seqscan": "off"}
+"""Settings under which the planner takes the index of the words whatever it believes of an unknown query."""
+
+TERM_SCORE = (
+    "coalesce(question.weights[{n}] / (1 + candidate.norm / nullif(round(1 / (1.64493406685 - 1.64493406685"
+    " * ts_rank('{{1,1,1,1}}', candidate.terms, question.queries[{n}])) - 0.5), 0)), 0)"
+)
+"""What one word adds to a chunk's score: weight * tf / (tf + norm), with idf and k1 + 1 in the weight.
+
+With even weights, `ts_rank` of one word that stands tf times is (1 + 1/4 + ... + 1/tf^2) / 1.64493406685, pi squared by
+six, and what that sum lacks in the end is nearly 1 / (tf + 1/2). So tf is read out of a tsvector exactly, in a tenth of
+the time that `unnest` takes.
+"""
+
+_NUMBERS: ARRAY[Any] = ARRAY(DOUBLE_PRECISION)
+_KEYS: ARRAY[Any] = ARRAY(Text)
+_NO_KEYS = literal_column('null::text[] collate "C"', _KEYS)
+_LOWER = literal_column(f"(array{list(LOWER)})", _NUMBERS)
+_tenant = bindparam("tenant_id", type_=Text)
+
+
+def values(settings: Settings, question: str, text_k: int, conditions: Conditions) -> dict[str, Any]:
+    """The values of `ranked` but for those of `where`. Raises BadInput for a question that is blank or too long."""
+    check_text("query", question, 1, MAX_QUERY_BYTES)
+    if not question.strip():
+        raise BadInput("query", "is white space only; allowed: a text")
+    asked = {"question": question, "text_k": text_k}
+    if conditions != Conditions():
+        asked["text_bound"] = EXACT_ROWS if settings.exact_rows is None else settings.exact_rows
+    return asked
+
+
+def ranked(conditions: Conditions, name: str = "text_leg") -> CTE:
+    """The best `text_k` chunks: id, chunk_key, text_score. For any statement that is run under CONFIG.
+
+    Parameters: question, text_k, those of `where`, and text_bound where there are conditions: up to so many rows that
+    satisfy them are all scored, rather than found by their words.
+    """
+    question = _question()
+    size = _size(conditions) if conditions != Conditions() else None
+    first: ColumnElement[float] = question.c.total * _number(FIRST)
+    if size is not None:
+        first = case((select(size.c.rows).scalar_subquery() <= _bound(), _number(0)), else_=first)
+    passes = (
+        select(
+            literal(0, Integer).label("step"),
+            first.label("threshold"),
+            false().label("proven"),
+            _NO_KEYS.label("ids"),
+            _NO_KEYS.label("chunk_keys"),
+            cast(null(), _NUMBERS).label("scores"),
+        )
+        .where(question.c.total > 0)
+        .cte("pass", recursive=True)
+    )
+    found = _found(question, passes, _candidates(conditions, question, passes, size))
+    last_score = found.c.scores[bindparam("text_k", type_=Integer)]
+    lower = question.c.total * func.coalesce(_LOWER[passes.c.step + 1], _number(0))
+    passes = passes.union_all(
+        select(
+            passes.c.step + 1,
+            func.coalesce(last_score, func.least(passes.c.threshold, lower)),
+            or_(passes.c.threshold <= 0, func.coalesce(last_score >= passes.c.threshold, false())),
+            found.c.ids,
+            found.c.chunk_keys,
+            found.c.scores,
+        )
+        .select_from(passes.join(question, true()).join(found, true()))
+        .where(not_(passes.c.proven))
+    )
+    best = (
+        func.unnest(passes.c.ids, passes.c.chunk_keys, passes.c.scores)
+        .table_valued(
+            column("id", Text), column("chunk_key", Text), column("text_score", DOUBLE_PRECISION), name="best"
+        )
+        .render_derived()
+    )
+    return (
+        select(best.c.id, best.c.chunk_key, best.c.text_score)
+        .select_from(passes.join(best, true()))
+        .where(passes.c.proven)
+        .cte(name)
+    )
+
+
+def _number(value: float) -> ColumnElement[float]:
+    return literal(value, DOUBLE_PRECISION)
+
+
+def _bound() -> ColumnElement[int]:
+    return bindparam("text_bound", type_=Integer)
+
+
+def _question() -> CTE:
+    asked = func.text_question(_tenant, bindparam("question", type_=Text), literal(MOST_TERMS, Integer)).table_valued(
+        column("terms", ARRAY(Text)),
+        column("queries", ARRAY(TSQUERY)),
+        column("weights", _NUMBERS),
+        column("bounds", _NUMBERS),
+        column("total", DOUBLE_PRECISION),
+        column("mean_length", DOUBLE_PRECISION),
+        column("required", Text),
+        column("restriction", TSQUERY),
+        name="asked",
+    )
+    return select(asked).cte("question").prefix_with("MATERIALIZED")
+
+
+def _size(conditions: Conditions) -> CTE:
+    counted = select(literal(1).label("one")).select_from(tenant_documents).where(*where(conditions))
+    rows = func.count().label("rows")
+    return select(rows).select_from(counted.limit(_bound() + 1).subquery("counted")).cte("size")
+
+
+def _candidates(conditions: Conditions, question: CTE, passes: CTE, size: CTE | None) -> LateralFromClause:
+    """The chunks one pass scores: id, chunk_key, terms, and `norm`, by which BM25 lets long chunks count less."""
+    chunk, document = tenant_document_terms, tenant_documents
+    length = cast(chunk.c.length, DOUBLE_PRECISION) / question.c.mean_length
+    norm = (_number(K1 * (1 - B)) + _number(K1 * B) * length).label("norm")
+    restriction = question.c.restriction
+    passing = (
+        select(chunk.c.id, chunk.c.chunk_key, chunk.c.terms, norm)
+        .where(chunk.c.tenant_id == _tenant, or_(restriction.is_(None), chunk.c.terms.op("@@")(restriction)))
+        .correlate(question, passes)
+    )
+    formula = func.text_candidates(question.c.terms, question.c.bounds, passes.c.threshold, question.c.required)
+    holding = func.tenant_terms(chunk.c.tenant_id, chunk.c.terms).op("@@")(formula)
+    if size is None:
+        # OFFSET keeps `norm` from being computed again for every word.
+        return passing.where(holding).offset(0).lateral("candidate")
+    filtered = passing.select_from(
+        chunk.join(document, and_(document.c.id == chunk.c.id, document.c.chunk_key == chunk.c.chunk_key))
+    ).where(*where(conditions))
+    rows = select(size.c.rows).scalar_subquery()
+    return union_all(filtered.where(holding, rows > _bound()), filtered.where(rows <= _bound())).lateral("candidate")
+
+
+def _found(question: CTE, passes: CTE, candidate: LateralFromClause) -> LateralFromClause:
+    """The best of one pass as three arrays, best first."""
+    top = (
+        select(candidate.c.id, candidate.c.chunk_key, _score().label("score"))
+        .select_from(candidate)
+        .correlate(question, passes)
+        .order_by(text("score desc"), candidate.c.id, candidate.c.chunk_key)
+        .limit(bindparam("text_k", type_=Integer))
+        .lateral("top")
+    )
+    order = (top.c.score.desc(), top.c.id, top.c.chunk_key)
+    return (
+        select(
+            *(
+                func.array_agg(aggregate_order_by(top.c[name], *order), type_=kind).label(label)
+                for name, kind, label in (
+                    ("id", _KEYS, "ids"),
+                    ("chunk_key", _KEYS, "chunk_keys"),
+                    ("score", _NUMBERS, "scores"),
+                )
+            )
+        )
+        .where(top.c.score > 0)
+        .lateral("found")
+    )
+
+
+def _score() -> ColumnElement[float]:
+    few = " + ".join(TERM_SCORE.format(n=n) for n in range(1, FEW_TERMS + 1))
+    many = " + ".join(TERM_SCORE.format(n=n) for n in range(FEW_TERMS + 1, MOST_TERMS + 1))
+    score = f"{few} + case when cardinality(question.weights) > {FEW_TERMS} then {many} else 0 end"
+    return literal_column(score, DOUBLE_PRECISION)

@@ -118,6 +118,32 @@ def parser() -> argparse.ArgumentParser:
         asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
+    _evaluating(command)
+    indexed = command(
+        "index",
+        commands.index,
+        "Show the vector index, or change its precision while it serves.",
+        "pgrecall index",
+        "pgrecall index half --oversampling 4",
+    )
+    indexed.add_argument("kind", nargs="?", choices=["full", "half", "binary"], help="precision to change to")
+    indexed.add_argument("--oversampling", type=float, metavar="N", help="candidates for each hit, 1 to 100 (by kind)")
+    indexed.add_argument("--keep", action="store_true", help="do not drop the index used until now")
+    _json(indexed)
+    _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
+    _json(
+        command(
+            "status",
+            commands.status,
+            "Show schema, model and documents per tenant.",
+            "pgrecall status",
+            "pgrecall status --json",
+        )
+    )
+    return made
+
+
+def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
     judged = command(
         "evaluate",
         scorecard.evaluate,
@@ -167,28 +193,6 @@ def parser() -> argparse.ArgumentParser:
         help="exit with status 1 if the metric is under the value; may be repeated",
     )
     _json(judged)
-    indexed = command(
-        "index",
-        commands.index,
-        "Show the vector index, or change its precision while it serves.",
-        "pgrecall index",
-        "pgrecall index half --oversampling 4",
-    )
-    indexed.add_argument("kind", nargs="?", choices=["full", "half", "binary"], help="precision to change to")
-    indexed.add_argument("--oversampling", type=float, metavar="N", help="candidates for each hit, 1 to 100 (by kind)")
-    indexed.add_argument("--keep", action="store_true", help="do not drop the index used until now")
-    _json(indexed)
-    _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
-    _json(
-        command(
-            "status",
-            commands.status,
-            "Show schema, model and documents per tenant.",
-            "pgrecall status",
-            "pgrecall status --json",
-        )
-    )
-    return made
 
 
 def _serving(added: argparse.ArgumentParser) -> None:

@@ -135,7 +135,7 @@ async def _measured(
         if collection.tenant_id is not None:
             await _provide(database, embedder, config, collection, collection.tenant_id)
         missing = await _missing(database, collection)
-        modes = {}
+        modes: dict[str, Results] = {}
         for mode in chosen:
             judged = await _searched(database, embedder, config, collection.questions, k, mode)
             modes[mode] = Results(judged)

@@ -165,7 +165,9 @@ async def search(
     if threshold is not None:
         asked["threshold"] = threshold
     if options.mode != "vector":
-        asked |= text.values(settings, question, leg_k, conditions)
+        # Without anything to leave out of them later, the best top_k by words are enough.
+        all_shown = options.mode == "text" and threshold is None and not options.grouped
+        asked |= text.values(settings, question, several if all_shown else leg_k, conditions)
         asked |= {"vector_weight": options.vector_weight, "text_weight": options.text_weight}
     walk = _Walk(database, tenant_id, conditions, wanted, asked, options)
     found = await _words(walk) if options.mode == "text" else await _nearest(walk, plan, threshold)

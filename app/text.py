@@ -170,7 +170,7 @@ def _question() -> CTE:
 def _size(conditions: Conditions) -> CTE:
     counted = select(literal(1).label("one")).select_from(tenant_documents).where(*where(conditions))
     rows = func.count().label("rows")
-    return select(rows).select_from(counted.limit(_bound() + 1).subquery("counted")).cte("size")
+    return select(rows).select_from(counted.limit(_bound() + 1).subquery("counted")).cte("text_size")
 
 
 def _candidates(conditions: Conditions, question: CTE, passes: CTE, size: CTE | None) -> LateralFromClause:

@@ -29,15 +29,15 @@ async def test_a_document_of_many_chunks_hides_no_other(database, settings, owne
     add(owner, "long", np.linspace(0.9, 0.99, 1_200).tolist())
     for n in range(12):
         add(owner, f"short{n:02}", [0.1, 0.8 - n / 100])
-    found = await evaluation.best_documents(database, replace(settings, exact_rows=exact_rows), "t", QUERY, 10)
+    found = (await evaluation.best_documents(database, replace(settings, exact_rows=exact_rows), "t", QUERY, 10)).found
     assert list(found) == ["long", *(f"short{n:02}" for n in range(9))]
     assert list(found.values()) == pytest.approx([0.99, *(0.8 - n / 100 for n in range(9))], abs=1e-3)
 
 
 async def test_fewer_documents_than_asked_for_and_none(database, settings, owner):
-    assert await evaluation.best_documents(database, settings, "t", QUERY, 10) == {}
+    assert (await evaluation.best_documents(database, settings, "t", QUERY, 10)).found == {}
     add(owner, "a", [0.5] * 30)
-    assert list(await evaluation.best_documents(database, settings, "t", QUERY, 10)) == ["a"]
+    assert list((await evaluation.best_documents(database, settings, "t", QUERY, 10)).found) == ["a"]
 
 
 async def test_stored_tells_how_many_there_are_and_which_of_those_asked_for(database, owner):

@@ -8,14 +8,23 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from app import documents, terms, text, upsert
+from app import documents, search, terms, upsert
+from app.conditions import Conditions
 from app.drafts import Draft
 from app.errors import BadInput
-from app.search import Conditions
+from app.search import Options
 from tests.conftest import THOROUGH
 
 WORDS = ["index", "vector", "search", "tenant", "chunk", "recall", "query", "planner", "lock", "vacuum", "row", "page"]
 """Each its own stem, so that the reference below needs no stemmer; no stop word among them."""
+
+
+async def by_words(database, settings, tenant, question, embedding=None, **options):
+    return (
+        await search.search(
+            database, settings, tenant, embedding, question=question, options=Options(mode="text"), **options
+        )
+    ).hits
 
 
 def bm25(texts, question, k, passing=None):
@@ -54,7 +63,7 @@ def put(database, embedder, settings):
 @pytest.fixture
 def found(database, settings):
     async def found(question, k=10, conditions=None, tenant="acme"):
-        return await text.search(database, settings, tenant, question, top_k=k, conditions=conditions)
+        return await by_words(database, settings, tenant, question, top_k=k, conditions=conditions)
 
     return found
 
@@ -89,7 +98,7 @@ async def test_scores_and_order_are_those_of_the_formula_after_any_writes(
                 expected = bm25(
                     stored, question, k, None if conditions is None else {i for i in types if types[i] == "faq"}
                 )
-                same(await text.search(database, config, "acme", question, top_k=k, conditions=conditions), expected)
+                same(await by_words(database, config, "acme", question, top_k=k, conditions=conditions), expected)
 
 
 async def test_what_is_replaced_or_deleted_is_counted_off_to_the_last_word(database, put, owner):
@@ -189,7 +198,7 @@ async def test_a_hit_shows_its_place_and_similarity_and_another_tenant_nothing(
 ):
     await put({"a": "First the index.\n\n" + "Then comes the vacuum. " * 60})
     vector = (await embedder.embed(["vacuum"], "query"))[0]
-    hits = await text.search(database, settings, "acme", "vacuum", embedding=vector)
+    hits = await by_words(database, settings, "acme", "vacuum", embedding=vector)
     whole = await documents.get(database, "acme", "a")
     assert len(hits) > 1
     for hit in hits:

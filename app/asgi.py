@@ -46,6 +46,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
     telemetry.set_up(settings)
     handlers = [
         search.search_chunks,
+        search.search_several,
         rag.answer_question,
         documents.put_document,
         documents.put_documents,

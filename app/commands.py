@@ -22,6 +22,7 @@ from app import (
     indexes,
     local,
     model,
+    questions,
     rag,
     roles,
     schema,
@@ -239,7 +240,7 @@ async def asked(database: Database, embedder: Embedder, config: Settings, argume
     mode: search.Mode = arguments.mode
     vector = None
     if mode != "text" or arguments.threshold is not None:
-        vector = await search.question_vector(embedder, arguments.query)
+        vector = await questions.vector(embedder, arguments.query)
     return await search.search(
         database,
         config,

@@ -6,7 +6,7 @@ import pydoc_data.topics
 import time
 from argparse import Namespace
 
-from app import chat, commands, rag, schema, search, terminal
+from app import chat, commands, questions, rag, schema, search, terminal
 from app.drafts import Draft
 from app.settings import Settings
 
@@ -51,10 +51,10 @@ async def _show(config: Settings) -> None:
             counts = await commands.store(database, embedder, config, TENANT, drafts(), [])
             terminal.say(f"ingested: {commands.summary(counts)}")
             for question in SEARCHES:
-                vector = await search.question_vector(embedder, question)
+                vector = await questions.vector(embedder, question)
                 found = await search.search(database, config, TENANT, vector, top_k=3)
                 terminal.hits(question, found.hits)
-            vector = await search.question_vector(embedder, QUESTION)
+            vector = await questions.vector(embedder, QUESTION)
             found = await search.search(database, config, TENANT, vector, top_k=5)
             answer = await rag.answer(chat_model, embedder, QUESTION, found.hits, settings=config)
             commands.show_answer(QUESTION, answer)

@@ -20,6 +20,7 @@ from app.database import Database, rendered
 from app.embedding import Embedder
 from app.errors import TimedOut
 from app.judgements import Question
+from app.questions import vector as question_vector
 from app.search import Mode, Options, Scan
 from app.settings import Settings
 from app.statistics import Hits, Interval
@@ -135,7 +136,7 @@ async def run(
     """Search for one question after the other. Raises BadInput, naming its line, for one the search refuses."""
     for question in questions:
         begun = time.perf_counter()
-        vector = await search.question_vector(embedder, question.text, question.origin)
+        vector = await question_vector(embedder, question.text, question.origin)
         found, scan = await best_documents(
             database, settings, question.tenant_id, vector, k, question=question.text, mode=mode
         )
@@ -204,7 +205,7 @@ async def alternatives(
     found: dict[str, list[list[str]]] = {name: [] for name in tried}
     took: dict[str, list[float]] = {name: [] for name in tried}
     for turn, question in enumerate(questions):
-        vector = await search.question_vector(embedder, question.text, question.origin)
+        vector = await question_vector(embedder, question.text, question.origin)
         names = list(tried)
         first = turn % len(names)
         for name in names[first:] + names[:first]:

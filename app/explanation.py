@@ -45,16 +45,20 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The strategy and why it was taken; milliseconds in the embedder, the database and the rest; each statement."""
+    """The strategy and why it was taken; milliseconds in the embedder, the database and the rest; each statement.
+
+    `embedding_remembered`: the question was asked lately, its vector was not computed again.
+    """
 
     strategy: str
     reason: str
     milliseconds: dict[str, float]
+    embedding_remembered: bool
     statements: list[Run]
 
 
 async def of(
-    database: Database, tenant_id: str, found: Found, *, embedding: float, total: float, analyze: bool
+    database: Database, tenant_id: str, found: Found, *, embedding: float, remembered: bool, total: float, analyze: bool
 ) -> Explanation:
     """Explain a search that took `total` milliseconds, `embedding` of them for the question's vector.
 
@@ -67,6 +71,7 @@ async def of(
         found.scan.strategy,
         _reason(found),
         {name: round(value, 3) for name, value in milliseconds.items()},
+        remembered,
         runs,
     )
 

@@ -20,9 +20,7 @@ from sqlalchemy import Select
 from app import diversity, fusion, layout, scans, text
 from app.conditions import Conditions, where_values
 from app.database import Database, Rendered, Statement, rendered
-from app.drafts import MAX_QUERY_BYTES, check_text
-from app.embedding import Embedder
-from app.errors import BadInput, TimedOut
+from app.errors import TimedOut
 from app.fusion import Method, Mixed
 from app.scans import Strategy, Wanted
 from app.settings import Settings
@@ -107,23 +105,6 @@ class Options:
     ef_search: int | None = None
     oversampling: float | None = None
     grouped: bool = False
-
-
-async def question_vector(embedder: Embedder, text: str, field: str = "query") -> npt.NDArray[np.float32]:
-    """The vector of a question, shape (dimensions,).
-
-    Raises BadInput, naming `field`, for a text that is blank or longer than the model reads: the rest of it would be
-    left out without a word.
-    """
-    check_text(field, text, 1, MAX_QUERY_BYTES)
-    if not text.strip():
-        raise BadInput(field, "is white space only; allowed: a text")
-    (tokens,) = embedder.count_tokens([text])
-    if tokens > embedder.max_tokens:
-        raise BadInput(
-            field, f"has {tokens:,} tokens; allowed: {embedder.max_tokens:,}, as much as {embedder.model} reads"
-        )
-    return (await embedder.embed([text], "query")).reshape(-1)
 
 
 async def search(

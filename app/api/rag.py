@@ -7,6 +7,8 @@ from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from litestar import Request, Response, post
 from litestar.di import NamedDependency
 from litestar.exceptions import ClientException
@@ -16,7 +18,7 @@ from litestar.params import Body
 from litestar.response import Stream
 from msgspec import Meta, Struct
 
-from app import rag, search
+from app import questions, rag, search
 from app.api import operations, problems
 from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, asked
 from app.api.service import Service
@@ -90,7 +92,7 @@ async def answer_question(
     narrowed = asked(data)
     if data.system_prompt is not None:
         check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
-    vector = await _attended(request, search.question_vector(service.embedder, data.question, "question"))
+    vector = await _attended(request, _question(service, data))
     # All database work ends here: a stream holds no connection.
     found = await search.search(
         service.database,
@@ -132,6 +134,11 @@ async def _attended(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T
         working.cancel()
         leaving.cancel()
         await asyncio.wait((working, leaving))
+
+
+async def _question(service: Service, data: RagRequest) -> npt.NDArray[np.float32]:
+    ((vector, _),) = await questions.embed(service.embedder, data.tenant_id, [data.question], ["question"])
+    return vector
 
 
 async def _sent(events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:

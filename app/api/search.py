@@ -1,6 +1,8 @@
 """`POST /search`: the chunks most similar to a question or a vector."""
 
+import asyncio
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, Protocol
@@ -14,16 +16,20 @@ from litestar.openapi.spec import Example
 from litestar.params import Body
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from app import explanation, filters, scans, search, tenants
+from app import explanation, filters, questions, scans, search, tenants
 from app.api import operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
 from app.drafts import MAX_QUERY_BYTES, check_moment, check_range, check_text, check_vector
 from app.errors import BadInput
 from app.explanation import Explanation
+from app.questions import Embedded
 from app.search import Hit, Options, Scan
 
 MAX_DOC_TYPES = 1_000
+MAX_SEARCHES = 100
+AT_ONCE = 4
+"""Searches of a batch under way at the same time, each on a connection of its own."""
 
 TenantId = Annotated[
     str,
@@ -132,6 +138,21 @@ class SearchResponse(Struct):
     explain: Explanation | UnsetType = UNSET
 
 
+class BatchRequest(Struct, forbid_unknown_fields=True):
+    """Searches of one or several tenants."""
+
+    searches: Annotated[
+        list[SearchRequest],
+        Meta(description="1 to 100.", extra_json_schema={"extra": {"minItems": 1, "maxItems": 100}}),
+    ]
+
+
+class BatchResponse(Struct):
+    """An answer for each search, in their order."""
+
+    answers: list[SearchResponse]
+
+
 class Narrowed(Protocol):
     """What searches and questions have in common."""
 
@@ -200,7 +221,7 @@ FOUND = SearchResponse(
 @post(
     "/search",
     operation_id="search",
-    summary="Find the most similar chunks",
+    summary="Find the best chunks",
     tags=["search"],
     status_code=200,
     operation_class=operations.Described,
@@ -212,16 +233,64 @@ async def search_chunks(
     data: Annotated[SearchRequest, Body(examples=[Example("a question with filters", value=EXAMPLE)])],
 ) -> SearchResponse:
     """min(top_k, matching) chunks of the tenant, never fewer; `scan` says whether an index was walked."""
-    narrowed = asked(data)
-    options = _options(data)
+    (answer,) = await _answers(service, [data], [""])
+    return answer
+
+
+@post(
+    "/search/batch",
+    operation_id="search_batch",
+    summary="Several searches in one request",
+    tags=["search"],
+    status_code=200,
+    operation_class=operations.Described,
+    responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
+    | {200: ResponseSpec(BatchResponse, description="An answer for each search, in their order")},
+)
+async def search_several(service: NamedDependency[Service], data: BatchRequest) -> BatchResponse:
+    """Up to 100 searches, their questions embedded in one call. One that is at fault fails them all, by its place."""
+    check_range("searches", len(data.searches), 1, MAX_SEARCHES)
+    places = [f"searches[{index}]" for index in range(len(data.searches))]
+    return BatchResponse(await _answers(service, data.searches, places))
+
+
+async def _answers(service: Service, searches: Sequence[SearchRequest], places: Sequence[str]) -> list[SearchResponse]:
+    """Everything is checked before anything is embedded, and embedded before a connection is taken."""
+    checked = []
+    for data, place in zip(searches, places, strict=True):
+        try:
+            checked.append((asked(data), _options(data), _given(service, data)))
+        except BadInput as error:
+            raise (error.under(place) if place else error) from None
     begun = time.perf_counter()
-    vector = await _vector(service, data)
-    embedded = time.perf_counter()
+    vectors = await _embedded(service, searches, places, [given for _, _, given in checked])
+    embedding = 1000 * (time.perf_counter() - begun)
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def answered(index: int) -> SearchResponse:
+        async with turn:
+            narrowed, options, _ = checked[index]
+            return await _answer(service, searches[index], narrowed, options, vectors[index], embedding)
+
+    if len(searches) == 1:
+        return [await answered(0)]
+    return list(await asyncio.gather(*(answered(index) for index in range(len(searches)))))
+
+
+async def _answer(
+    service: Service,
+    data: SearchRequest,
+    narrowed: Conditions,
+    options: Options,
+    embedded: Embedded | None,
+    embedding: float,
+) -> SearchResponse:
+    begun = time.perf_counter()
     found = await search.search(
         service.database,
         service.settings,
         data.tenant_id,
-        vector,
+        embedded.vector if embedded else None,
         question=data.query or "",
         top_k=data.top_k,
         threshold=data.threshold,
@@ -230,28 +299,49 @@ async def search_chunks(
     )
     response = SearchResponse(found.hits, len(found.hits), found.scan)
     if data.explain:
-        searched = time.perf_counter()
+        total = embedding + 1000 * (time.perf_counter() - begun)
         response.explain = await explanation.of(
             service.database,
             data.tenant_id,
             found,
-            embedding=1000 * (embedded - begun),
-            total=1000 * (searched - begun),
+            embedding=embedding,
+            remembered=bool(embedded and embedded.remembered),
+            total=total,
             analyze=data.explain == "analyze",
         )
     return response
 
 
-async def _vector(service: Service, data: SearchRequest) -> npt.NDArray[np.float32] | None:
+def _given(service: Service, data: SearchRequest) -> npt.NDArray[np.float32] | None:
+    """The vector that came with a search, checked. Raises BadInput where the mode asks for something else."""
     if data.mode == "vector" and (data.query is None) == (data.embedding is None):
         raise BadInput("query", "give either query or embedding, not both and not neither")
     if data.mode != "vector" and data.query is None:
         raise BadInput("query", f"is missing; the mode {data.mode} searches its words")
-    if data.embedding is not None:
-        return check_vector(data.embedding, service.embedder.dimensions)
-    if data.mode == "text" and data.threshold is None and not data.diversity:
-        return None
-    return await search.question_vector(service.embedder, data.query or "")
+    return None if data.embedding is None else check_vector(data.embedding, service.embedder.dimensions)
+
+
+async def _embedded(
+    service: Service,
+    searches: Sequence[SearchRequest],
+    places: Sequence[str],
+    given: Sequence[npt.NDArray[np.float32] | None],
+) -> list[Embedded | None]:
+    """A vector for each search that needs one, those of the same tenant embedded in one call."""
+    vectors = [None if vector is None else Embedded(vector, remembered=True) for vector in given]
+    needed: dict[str, list[int]] = {}
+    for index, data in enumerate(searches):
+        by_words = data.mode == "text" and data.threshold is None and not data.diversity
+        if vectors[index] is None and not by_words:
+            needed.setdefault(data.tenant_id, []).append(index)
+    for tenant_id, indices in needed.items():
+        texts = [searches[index].query or "" for index in indices]
+        fields = [f"{places[index]}.query".lstrip(".") for index in indices]
+        for index, embedded in zip(
+            indices, await questions.embed(service.embedder, tenant_id, texts, fields), strict=True
+        ):
+            vectors[index] = embedded
+    return vectors
 
 
 def _options(data: SearchRequest) -> Options:

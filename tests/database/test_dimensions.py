@@ -5,7 +5,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from app import search
+from app import questions, search
 from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
@@ -43,7 +43,7 @@ async def test_put_and_search_at_this_length(cluster, openai, dimensions):
         )
         assert (exact.hits, exact.scan.strategy) == ([], "exact")
         words = await search.search(
-            database, settings, "acme", await search.question_vector(embedder, "what do otters eat"), top_k=1
+            database, settings, "acme", await questions.vector(embedder, "what do otters eat"), top_k=1
         )
         assert words.hits[0].id == "words"
     finally:

@@ -10,7 +10,7 @@ from alembic import command
 from msgspec.structs import replace
 from psycopg import sql
 
-from app import documents, roles, schema, search, tables
+from app import documents, questions, roles, schema, search, tables
 from app.__main__ import main
 from app.database import Database, Statement
 from app.drafts import Draft
@@ -63,7 +63,7 @@ async def test_put_search_delete_and_the_cache_work_and_nothing_stays_on_the_ses
         await put(database, embedder, settings, "umbra", [Draft("a", "Otters eat fish.")])
         await put(database, embedder, settings, "umbra", [Draft("b", "Otters eat fish.")])
         assert [call.body["input"] for call in openai.calls] == [["Otters eat fish."]]
-        question = await search.question_vector(embedder, "Otters eat fish.")
+        question = await questions.vector(embedder, "Otters eat fish.")
         measured = await search.search(database, settings, "umbra", question)
         assert ([hit.id for hit in measured.hits], measured.scan) == (["a", "b"], search.Scan("exact"))
         await documents.remove(database, "umbra", "a")

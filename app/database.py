@@ -193,25 +193,25 @@ class Database:
 
         `as_login`: without dropping the login's rights, for looking at what they are.
         """
-        config = {"statement_timeout": self._timeout_ms} if as_login else self._anybody
+        config = {"statement_timeout": self._timeout_ms} if as_login else self._public
         pool = self._replica if replica else self._primary
         (rows,) = await pool.run(config, [statement])
         return rows
 
     async def _written(self) -> int:
-        ((row,),) = await self._primary.run(self._anybody, [Statement("written", WRITTEN, {})])
+        ((row,),) = await self._primary.run(self._public, [Statement("written", WRITTEN, {})])
         return int(row["position"])
 
     async def _replayed(self) -> Replayed:
-        ((row,),) = await self._replica.run(self._anybody, [Statement("replayed", REPLAYED, {})])
+        ((row,),) = await self._replica.run(self._public, [Statement("replayed", REPLAYED, {})])
         return Replayed(row["position"], row["age"])
 
     @property
-    def _anybody(self) -> dict[str, str]:
+    def _public(self) -> dict[str, str]:
         return {"role": roles.APP, "statement_timeout": self._timeout_ms}
 
     def _identity(self, tenant_id: str) -> dict[str, str]:
-        return {**self._anybody, "pgrecall.tenant_id": tenant_id}
+        return {**self._public, "pgrecall.tenant_id": tenant_id}
 
 
 async def _driver(pooled: AsyncConnection) -> psycopg.AsyncConnection[Any]:

@@ -13,14 +13,13 @@ from pathlib import Path
 import psycopg
 import pytest
 from litestar.testing import AsyncTestClient
-from msgspec.structs import replace as changed
 
 from app import embedded, local, replica, schema, search
 from app.asgi import create_app
 from app.database import Database, Statement
 from app.drafts import Draft
 from app.embedding import open_embedder
-from app.errors import ModelMismatch
+from app.errors import ModelMismatch, SetupError
 from app.replica import Standing
 from app.upsert import put
 from tests.conftest import Cluster, settings_for
@@ -74,18 +73,20 @@ def primary() -> Iterator[Cluster]:
 @pytest.fixture
 def standby(primary: Cluster) -> Iterator[Standby]:
     folder = Path(tempfile.mkdtemp(prefix="pgrecall-standby-"))
-    options = f"-c max_connections=200 -c listen_addresses='' -c unix_socket_directories={folder / 'p'}"
+    options = f"-c fsync=off -c max_connections=200 -c listen_addresses='' -c unix_socket_directories={folder / 'p'}"
     made = Standby(folder, folder / "p", options)
     made.pgdata.mkdir()
     if os.geteuid() == 0:
         user = embedded._system_user()
         os.chown(made.pgdata, user.pw_uid, user.pw_gid)
-    embedded._run(folder, made.pgdata, "pg_basebackup", "-R", "-c", "fast", "-d", primary.admin, "-D", str(made.pgdata))
+    embedded._run(
+        folder, made.pgdata, "pg_basebackup", "-RN", "-c", "fast", "-d", primary.admin, "-D", str(made.pgdata)
+    )
     made.pgdata.chmod(0o700)
     (made.pgdata / ".s.PGSQL.5432.lock").unlink()  # the primary's
     made.start()
     yield made
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(SetupError):  # a test may have stopped it
         made.stop()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -231,15 +232,17 @@ async def test_measurements_are_made_beside_requests_and_not_by_each(database, e
 
 
 async def test_a_replica_of_another_database_is_refused_at_start_and_never_read_from(
-    settings, embedder, cluster, database_name
+    primary, cluster, database_name, openai
 ):
     with psycopg.connect(cluster.url(database_name, local.OWNER), autocommit=True) as owner:
         owner.execute("update embedding_models set name = 'another'")
-    strange = changed(settings, database_read_url=cluster.url(database_name, local.SERVICE))
-    database = Database(strange, strange.database_url)
+    elsewhere = cluster.url(database_name, local.SERVICE)
+    settings = settings_for(primary.url("app", local.SERVICE), openai.url, database_read_url=elsewhere)
+    database, embedder = Database(settings, settings.database_url), open_embedder(settings)
     with pytest.raises(ModelMismatch):
         await schema.check(database, embedder)
     assert database.replica.standing == Standing("unfit")
     ((row,),) = await database.fetch("acme", [Statement("db", "select current_database() as name", {})])
     assert row["name"] == "app"
     await database.close()
+    await embedder.aclose()

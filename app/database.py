@@ -27,6 +27,7 @@ from sqlalchemy.pool import NullPool
 
 from app import roles
 from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, SchemaTooOld, TimedOut, Unavailable
+from app.replica import Replayed, Replica
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,18 @@ select t.typname, t.oid, t.typarray,
  where e.extname = 'vector'
 """
 """pgvector's types in whatever schema they are, and the search path under which its operators are found."""
+
+WRITTEN = """
+select pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end,
+                       '0/0')::bigint as position
+"""
+"""How far the primary has written its log, in bytes."""
+
+REPLAYED = """
+select case when pg_is_in_recovery() then pg_wal_lsn_diff(pg_last_wal_replay_lsn(), '0/0')::bigint end as position,
+       extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp())::float8 as age
+"""
+"""How far a streaming replica has replayed the log; no position for what is a replica by other means."""
 
 _dialect = postgresql.psycopg.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy does not type its dialects
 
@@ -115,17 +128,14 @@ class Database:
         self._primary = _Pool(url, settings)
         read_url = settings.database_read_url
         self._replica = _Pool(read_url, settings) if read_url else self._primary
-
-    @property
-    def has_replica(self) -> bool:
-        """Whether searches read elsewhere."""
-        return self._replica is not self._primary
+        self.replica = Replica(self._written, self._replayed, settings.replica_lag) if read_url else None
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._primary.engine.dispose()
-        if self.has_replica:
+        if self.replica is not None:
+            await self.replica.close()
             await self._replica.engine.dispose()
+        await self._primary.engine.dispose()
 
     @asynccontextmanager
     async def write(self, tenant_id: str) -> AsyncIterator[AsyncConnection]:
@@ -161,10 +171,20 @@ class Database:
     ) -> list[list[dict[str, Any]]]:
         """The rows of each statement, all read in one transaction as this tenant and in one round trip.
 
-        `config` holds settings for this transaction only. A connection that turns out to be dead is replaced once.
+        `config` holds settings for this transaction only. A connection that turns out to be dead is replaced once. What
+        the replica could not do, because it is away or its replay was in the way, the primary does.
         """
-        pool = self._primary if primary else self._replica
-        return await pool.run({**self._identity(tenant_id), **(config or {})}, statements)
+        config = {**self._identity(tenant_id), **(config or {})}
+        if not primary and self.replica is not None and await self.replica.usable():
+            try:
+                return await self._replica.run(config, statements)
+            except PoolExhausted:
+                raise  # the replica is there to keep load off the primary
+            except DatabaseUnavailable:
+                self.replica.lost()
+            except Unavailable:
+                log.info("the replica gave up a search in favour of its replay; the primary answers it")
+        return await self._primary.run(config, statements)
 
     async def fetch_public(
         self, statement: Statement, *, as_login: bool = False, replica: bool = False
@@ -173,17 +193,25 @@ class Database:
 
         `as_login`: without dropping the login's rights, for looking at what they are.
         """
-        role = {} if as_login else {"role": roles.APP}
+        config = {"statement_timeout": self._timeout_ms} if as_login else self._public
         pool = self._replica if replica else self._primary
-        (rows,) = await pool.run(role | {"statement_timeout": self._timeout_ms}, [statement])
+        (rows,) = await pool.run(config, [statement])
         return rows
 
+    async def _written(self) -> int:
+        ((row,),) = await self._primary.run(self._public, [Statement("written", WRITTEN, {})])
+        return int(row["position"])
+
+    async def _replayed(self) -> Replayed:
+        ((row,),) = await self._replica.run(self._public, [Statement("replayed", REPLAYED, {})])
+        return Replayed(row["position"], row["age"])
+
+    @property
+    def _public(self) -> dict[str, str]:
+        return {"role": roles.APP, "statement_timeout": self._timeout_ms}
+
     def _identity(self, tenant_id: str) -> dict[str, str]:
-        return {
-            "role": roles.APP,
-            "pgrecall.tenant_id": tenant_id,
-            "statement_timeout": self._timeout_ms,
-        }
+        return {**self._public, "pgrecall.tenant_id": tenant_id}
 
 
 async def _driver(pooled: AsyncConnection) -> psycopg.AsyncConnection[Any]:

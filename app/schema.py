@@ -18,6 +18,7 @@ from app.database import Database, Statement, connect, translated
 from app.embedding import Embedder
 from app.errors import SchemaTooOld, SetupError, Unsafe
 from app.model import Model
+from app.replica import Standing
 from app.settings import Settings
 from app.tables import Kind
 
@@ -62,10 +63,11 @@ GUARDED = 6
 
 
 class Readiness(NamedTuple):
-    """What a database has: its revision and the model whose vectors it holds."""
+    """What a database has: its revision and the model whose vectors it holds. `replica`: None without one."""
 
     revision: str
     model: Model
+    replica: Standing | None
 
 
 @contextmanager
@@ -199,9 +201,14 @@ async def check(database: Database, embedder: Embedder) -> Readiness:
 
     Raises SetupError (SchemaTooOld, ModelMismatch, Unsafe) or DatabaseUnavailable.
     """
-    for replica in (False, True) if database.has_replica else (False,):
+
+    async def look(*, replica: bool) -> tuple[str, Model]:
         await preflight(database, replica=replica)
         found = await revision(database, replica=replica)
         recorded = await model.recorded(database, replica=replica)
         model.check(recorded, embedder)
-    return Readiness(found, recorded)
+        return found, recorded
+
+    found, recorded = await look(replica=False)
+    standing = None if database.replica is None else await database.replica.examine(lambda: look(replica=True))
+    return Readiness(found, recorded, standing)

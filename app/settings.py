@@ -50,6 +50,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     database_url: Url | None = None
     database_read_url: Url | None = None
+    replica_lag: Annotated[float, Meta(gt=0, le=86_400)] = 10.0
     migration_url: Url | None = None
     data_dir: Annotated[str, Meta(min_length=1)] = ".pgrecall"
 

@@ -18,12 +18,24 @@ class Live(Struct):
     status: Literal["live"] = "live"
 
 
+class Replica(Struct):
+    """The server searches read from.
+
+    `state`: `serving`, or why searches read from the primary: `behind` by more than PGRECALL_REPLICA_LAG, `unreachable`,
+    or `unfit` (the log says why). `lag` is how many seconds it is behind at most, null where that is not known.
+    """
+
+    state: Literal["serving", "behind", "unreachable", "unfit"]
+    lag: float | None
+
+
 class Ready(Struct):
-    """Database, schema and embedding model fit this release and its settings."""
+    """Database, schema and embedding model fit this release and its settings. `replica` is null where there is none."""
 
     revision: str
     embedding_model: str
     embedding_dimensions: int
+    replica: Replica | None = None
     status: Literal["ready"] = "ready"
 
 
@@ -54,4 +66,10 @@ async def live() -> Live:
 async def ready(service: NamedDependency[Service]) -> Ready:
     """200 when the database is reachable, its schema new enough and its embedding model the configured one; else 503."""
     readiness = await service.check()
-    return Ready(readiness.revision, readiness.model.name, readiness.model.dimensions)
+    standing = readiness.replica
+    return Ready(
+        readiness.revision,
+        readiness.model.name,
+        readiness.model.dimensions,
+        None if standing is None else Replica(standing.state, standing.lag),
+    )

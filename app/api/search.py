@@ -247,7 +247,10 @@ async def search_chunks(
     responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
     | {200: ResponseSpec(BatchResponse, description="An answer for each search, in their order")},
 )
-async def search_several(service: NamedDependency[Service], data: BatchRequest) -> BatchResponse:
+async def search_several(
+    service: NamedDependency[Service],
+    data: Annotated[BatchRequest, Body(examples=[Example("two questions", value=BatchRequest([EXAMPLE, EXAMPLE]))])],
+) -> BatchResponse:
     """Up to 100 searches, their questions embedded in one call. One that is at fault fails them all, by its place."""
     check_range("searches", len(data.searches), 1, MAX_SEARCHES)
     places = [f"searches[{index}]" for index in range(len(data.searches))]

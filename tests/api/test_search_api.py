@@ -47,7 +47,10 @@ async def test_the_most_similar_come_first_with_everything_a_caller_needs(client
         "metadata",
         "created_at",
         "start_offset",
+        "score",
+        "text_score",
     }
+    assert first["score"] == first["similarity"]
     assert first["doc_type"] == "faq"
     assert (first["chunk_index"], first["start_offset"]) == (0, 0)
     similarities = [hit["similarity"] for hit in body["results"]]

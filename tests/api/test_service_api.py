@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from app import roles, search, telemetry
+from app import roles, schema, search, telemetry
 from app.asgi import create_app
 from app.errors import ModelMismatch, SetupError, Unsafe
 from app.settings import Settings
@@ -19,7 +19,7 @@ async def test_ready_names_revision_and_model_and_asks_no_model(client, openai):
     response = await client.get("/health/ready")
     assert response.status_code == 200
     assert response.json() == {
-        "revision": "0002",
+        "revision": schema.REQUIRED,
         "embedding_model": "text-embedding-3-small",
         "embedding_dimensions": 64,
         "status": "ready",
@@ -233,6 +233,7 @@ class TestOpenAPI:
             ("/documents/{document_id}", "put"),
             ("/documents/{document_id}", "delete"),
             ("/search", "post"),
+            ("/search/batch", "post"),
             ("/rag", "post"),
             ("/health/live", "get"),
             ("/health/ready", "get"),

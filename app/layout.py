@@ -89,7 +89,7 @@ async def of(database: Database, tenant_id: str) -> Layout:
     """The layout for a tenant, read at most every FRESH seconds."""
     known: Layout | None = _facts(database).get(tenant_id)
     if known is None:
-        found = await database.fetch_public(LAYOUT.with_values("layout", {"tenant_id": tenant_id}), replica=True)
+        (found,) = await database.fetch(tenant_id, [LAYOUT.with_values("layout", {"tenant_id": tenant_id})])
         # Without its index a kind is searched by the exact scan only.
         known = Layout(*found[0].values()) if found and found[0]["rows"] is not None else Layout()
         _facts(database).put(tenant_id, known)

@@ -9,11 +9,13 @@ Units are then packed into chunks. Filling one chunk after the other would be si
 the top would move every cut below it, and every chunk would be embedded again. Here nothing counts from the start.
 A place is the better for a cut the farther it reaches, that is, the longer the stretch around it that holds no
 stronger place (or one as strong and of higher rank). Best first, a place becomes a cut if the stretch between the two
-cuts around it is still over the limit. So an edit touches the chunks around it and no others, even in one paragraph
-of a thousand sentences; and since places that reach far stand apart, chunks are fairly full (63 % on prose).
+cuts around it is still over the limit. Worst first, a cut is given up if the chunks beside it fit into one. So an edit
+touches the chunks around it and no others, even in one paragraph of a thousand sentences; and since places that reach
+far stand apart, chunks are fairly full (70 % on prose).
 
 Token counts do not add up exactly, so chunks are counted as they are, and those over the limit are cut again. Last,
-a chunk takes over the final sentences of the one before, where they fit and no heading stands between.
+a chunk takes over sentences of the chunks before and after it, where they fit and no heading stands between. So most
+are nearly full and of about one size, which finds more (docs/chunking.md).
 """
 
 import hashlib
@@ -29,7 +31,7 @@ from typing import NamedTuple
 
 import sentencex
 
-VERSION = "sentences-1"
+VERSION = "sentences-2"
 """Stored with each source; another one whenever the same text would be cut otherwise."""
 
 TokenCounter = Callable[[Sequence[str]], list[int]]
@@ -74,8 +76,8 @@ def key(content: str, occurrence: int = 1) -> str:
 def chunk(text: str, count: TokenCounter, *, max_tokens: int, overlap_tokens: int) -> list[Chunk]:
     """Cut `text` into chunks that cover it, each of at most `max_tokens` and MAX_CHARACTERS.
 
-    At most `overlap_tokens` are repeated from the chunk before. A text of white space has no chunks. `text` holds no
-    lone surrogates, and no single character counts more than `max_tokens`.
+    At most `overlap_tokens` are repeated from the chunk before, and at most as many from the one after. A text of
+    white space has no chunks. `text` holds no lone surrogates, and no single character counts more than `max_tokens`.
     """
     if not text.strip():
         return []
@@ -92,8 +94,8 @@ def chunk(text: str, count: TokenCounter, *, max_tokens: int, overlap_tokens: in
     groups = _pack(_units(text, sizes, limit), sizes, limit)
     seen: Counter[str] = Counter()
     chunks = []
-    for start, group in zip(_starts(groups, sizes, limit, overlap_tokens * MAX_CHARACTERS), groups, strict=True):
-        content = text[start : group[-1].end]
+    for start, end in _spans(groups, sizes, limit, overlap_tokens * MAX_CHARACTERS):
+        content = text[start:end]
         seen[content] += 1
         chunks.append(Chunk(key(content, seen[content]), start, content))
     return chunks
@@ -290,35 +292,72 @@ def _cut(units: list[_Unit], limit: int) -> list[list[_Unit]]:
             stronger.append(place)
     # coarse steps: a sentence more or less nearby must not change the order
     steps = [min(10 * each // limit, 4) for each in reach]
+
+    def order(place: int) -> tuple[int, tuple[int, int]]:
+        return steps[place], worth[place]
+
+    def section(place: int) -> bool:
+        """A section has its own chunks, unless it is hardly more than its heading."""
+        return worth[place][0] >= HEADING and steps[place] >= 3
+
     cuts = [0, len(units)]
-    for place in sorted(range(1, len(units)), key=lambda i: (steps[i], worth[i]), reverse=True):
+    for place in sorted(range(1, len(units)), key=order, reverse=True):
         at = bisect(cuts, place)
-        # a section has its own chunks, unless it is hardly more than its heading
-        section = worth[place][0] >= HEADING and steps[place] >= 3
-        if section or ends[cuts[at]] - ends[cuts[at - 1]] > limit:
+        if section(place) or ends[cuts[at]] - ends[cuts[at - 1]] > limit:
             cuts.insert(at, place)
+    # a cut was needed when it was made; later ones may have left little on both of its sides
+    for place in sorted(cuts[1:-1], key=order):
+        at = bisect(cuts, place)
+        if not section(place) and ends[cuts[at]] - ends[cuts[at - 2]] <= limit:
+            del cuts[at - 1]
     return [units[start:end] for start, end in pairwise(cuts)]
 
 
-def _starts(groups: list[list[_Unit]], sizes: _Sizes, limit: int, overlap: int) -> list[int]:
-    """Where each chunk starts: with its own first unit, or with sentences of the chunk before."""
-    spans = [(group[0].start, group[-1].end) for group in groups]
-    wider = [spans[0]]
-    for (before, group), size in zip(pairwise(groups), sizes(spans[1:]), strict=True):
-        start = group[0].start
-        if AFTER_HEADING <= group[0].strength < HEADING:
-            room = min(overlap, limit - size)
-            for unit in reversed(before[1:]):  # repeating all of it would make that chunk superfluous
-                room -= unit.size
-                if room < 0:
-                    break
-                if unit.strength >= AFTER_HEADING:
-                    start = unit.start
-                if unit.strength >= HEADING:
-                    break
-        wider.append((start, group[-1].end))
-    repeated = sizes([(start, own) for (start, _), (own, _) in zip(wider, spans, strict=True)])
+def _spans(groups: list[list[_Unit]], sizes: _Sizes, limit: int, overlap: int) -> list[tuple[int, int]]:
+    """Where each chunk starts and ends: with its own units, or with sentences of the chunks beside it.
+
+    That is told by the units of the three, never by how far another chunk was widened: else an edit would spread.
+    """
+    own = [(group[0].start, group[-1].end) for group in groups]
+    wide = []
+    for before, group, after, size in zip([[], *groups[:-1]], groups, [*groups[1:], []], sizes(own), strict=True):
+        # the far unit stays out: repeating all of a chunk would make that chunk superfluous
+        left = [_Step(0, group[0].start, group[0].strength)]
+        left += [_Step(unit.size, unit.start, unit.strength) for unit in before[:0:-1]]
+        right = [_Step(0, group[-1].end, after[0].strength if after else HEADING)]
+        right += [_Step(unit.size, unit.end, following.strength) for unit, following in pairwise(after)]
+        room = limit - size
+        _, taken = _reach(left, min(overlap, room // 2))
+        end, taken = _reach(right, min(overlap, room - taken))
+        start, _ = _reach(left, min(overlap, room - taken))
+        wide.append((start, end))
+    pairs = list(zip(wide, own, strict=True))
+    repeated_before = sizes([(wider[0], narrow[0]) for wider, narrow in pairs])
+    repeated_after = sizes([(narrow[1], wider[1]) for wider, narrow in pairs])
     return [
-        start if size <= limit and extra <= overlap else own
-        for (start, _), (own, _), size, extra in zip(wider, spans, sizes(wider), repeated, strict=True)
+        wider if size <= limit and max(repeated) <= overlap else narrow
+        for (wider, narrow), size, *repeated in zip(pairs, sizes(wide), repeated_before, repeated_after, strict=True)
     ]
+
+
+class _Step(NamedTuple):
+    """A unit that a chunk can take over from one beside it, where that ends, and the strength of a cut there."""
+
+    size: int
+    place: int
+    strength: int
+
+
+def _reach(steps: list[_Step], room: int) -> tuple[int, int]:
+    """The farthest end of a sentence within the room and this side of a heading, and the size of what lies before it."""
+    place, taken, total = steps[0].place, 0, 0
+    if steps[0].strength >= AFTER_HEADING:
+        for step in steps:
+            total += step.size
+            if total > room:
+                break
+            if step.strength >= AFTER_HEADING:
+                place, taken = step.place, total
+            if step.strength >= HEADING:
+                break
+    return place, taken

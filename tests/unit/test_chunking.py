@@ -214,17 +214,25 @@ def test_small_paragraphs_share_a_chunk() -> None:
 # Overlap
 
 
-def test_overlap_is_whole_sentences_of_the_chunk_before() -> None:
+def test_overlap_is_whole_sentences_of_the_chunks_beside() -> None:
     text = " ".join(PARAGRAPHS)[:40_000]
     own = chunk(text, words, max_tokens=200, overlap_tokens=0)
     with_overlap = chunk(text, words, max_tokens=200, overlap_tokens=40)
     assert restored(with_overlap) == text
-    repeated = [wide.content[: narrow.start - wide.start] for wide, narrow in zip(with_overlap, own, strict=True)]
-    assert sum(map(bool, repeated)) > len(own) / 3
-    assert max(words(repeated)) <= 40
-    for before, extra in zip(own, repeated[1:], strict=False):
-        assert before.content.endswith(extra)
-        assert not extra or re.search(r"[.!?:][\"”’)]*\s+$|^$", before.content[: len(before.content) - len(extra)])
+    before = [wide.content[: narrow.start - wide.start] for wide, narrow in zip(with_overlap, own, strict=True)]
+    after = [
+        wide.content[len(extra) + len(narrow.content) :]
+        for wide, narrow, extra in zip(with_overlap, own, before, strict=True)
+    ]
+    for repeated in (before, after):
+        assert sum(map(bool, repeated)) > len(own) / 3
+        assert max(words(repeated)) <= 40
+    whole = re.compile(r"[.!?:][\"”’)]*\s+$|^$")
+    for chunk_before, chunk_after, left, right in zip(own, own[1:], before[1:], after, strict=False):
+        assert chunk_before.content.endswith(left)
+        assert chunk_after.content.startswith(right)
+        assert not left or whole.search(chunk_before.content.removesuffix(left))
+        assert whole.search(right)
 
 
 def test_overlap_does_not_cross_a_heading() -> None:
@@ -232,6 +240,7 @@ def test_overlap_does_not_cross_a_heading() -> None:
     text = "".join(f"## Heading {n}\n\n{section}" for n in range(20))
     for each in chunk(text, words, max_tokens=60, overlap_tokens=20)[1:]:
         assert each.content.startswith("## Heading")
+        assert "## Heading" not in each.content[1:]
 
 
 def test_overlap_keeps_the_limit() -> None:
@@ -341,7 +350,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "rows": lambda: "\n\n".join(f"Item {n}: red." for n in range(8000)),
     "no full stop": lambda: " ".join(random.Random(8).choices(REFERENCE.replace(".", "").split(), k=20_000)),
     "Chinese": lambda: "".join(
-        "".join(random.Random(n).choices("的一是不了人我在有他这为之大来以个中上们", k=20)) + "。" for n in range(5500)
+        "".join(random.Random(n).choices("的一是不了人我在有他这为之大来以个中上们", k=20)) + "。" for n in range(7000)
     ),
 }
 NEW = "An entirely new sentence was written here yesterday."
@@ -389,7 +398,7 @@ def test_an_edit_anywhere_changes_the_chunks_around_it(name: str) -> None:
 def test_chunks_of_prose_are_fairly_full(name: str) -> None:
     chunks = chunk(DOCUMENTS[name](), words, max_tokens=200, overlap_tokens=0)
     sizes = words([each.content for each in chunks])
-    assert sum(sizes) / len(sizes) >= 0.55 * 200
+    assert sum(sizes) / len(sizes) >= 0.65 * 200
     assert sum(size < 40 for size in sizes) < 0.05 * len(sizes)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -95,16 +94,22 @@ def test_chunks_cover_the_text_within_the_limits(text: str, count: TokenCounter,
         restored = restored[: each.start] + each.content
     assert restored == text
 
-    assert all(before.start < after.start for before, after in pairwise(chunks))
     assert len({each.key for each in chunks}) == len(chunks)
     assert all(each.key.startswith(key(each.content)) for each in chunks)
 
-    repeated = [
-        text[after.start : before.start + len(before.content)]
-        for before, after in pairwise(chunks)
-        if after.start < before.start + len(before.content)
+    own = chunk(text, count, max_tokens=limit, overlap_tokens=0)
+    assert len(own) == len(chunks)
+    before = [text[wide.start : narrow.start] for wide, narrow in zip(chunks, own, strict=True)]
+    after = [
+        text[narrow.start + len(narrow.content) : wide.start + len(wide.content)]
+        for wide, narrow in zip(chunks, own, strict=True)
     ]
-    assert all(size <= overlap for size in count(repeated))
+    assert max(count([*before, *after])) <= overlap
+    # of each neighbour, something is its own
+    starts = [each.start for each in chunks]
+    ends = [each.start + len(each.content) for each in chunks]
+    assert all(start > each.start for start, each in zip(starts[1:], own, strict=False))
+    assert all(end < each.start + len(each.content) for end, each in zip(ends, own[1:], strict=False))
 
 
 @settings(max_examples=100 * THOROUGH, deadline=None)

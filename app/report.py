@@ -107,7 +107,7 @@ def _metrics(judged: Sequence[Judged], k: int) -> str:
             [
                 (name, "th"),
                 (f"{value:.3f}", "figure big"),
-                (_reach(interval), "figure"),
+                (str(interval or ""), "figure"),
                 (plots.span(interval.low, value, interval.high, (0, 1)) if interval else "", "bar"),
             ]
         )
@@ -132,12 +132,11 @@ def _compared(title: str, other: str, comparison: Comparison, k: int) -> str:
                 (name, "th"),
                 (f"{each.other:.3f}", "figure"),
                 (f"{each.this:.3f}", "figure"),
-                (f'<span class="{kind}">{each.difference:+.3f}</span>', "figure big"),
-                (_reach(each.interval, "+"), "figure"),
+                (_stacked(f"{each.difference:+.4f}", kind, _signed(each.interval)), "figure wraps"),
                 (plots.span(low, each.difference, high, ends), "bar"),
             ]
         )
-    headings = [("metric", ""), ("other", "figure"), ("this", "figure"), ("difference", "figure")]
+    headings = [("metric", ""), ("other", "figure"), ("this", "figure"), ("difference, 95 % interval", "figure wraps")]
     return "\n".join(
         [
             f"<h2>{_text(title)}</h2>",
@@ -147,7 +146,7 @@ def _compared(title: str, other: str, comparison: Comparison, k: int) -> str:
             ),
             _table(
                 "This run minus the other",
-                [*headings, ("95 % interval", "figure"), (f"from {ends[0]:+.2f} to {ends[1]:+.2f}", "bar")],
+                [*headings, (f"from {ends[0]:+.3f} to {ends[1]:+.3f}", "bar")],
                 rows,
             ),
             _changes(f"Gained most nDCG@{k}", comparison.gained, k),
@@ -156,33 +155,32 @@ def _compared(title: str, other: str, comparison: Comparison, k: int) -> str:
     )
 
 
+def _stacked(value: str, kind: str, below: str) -> str:
+    return f'<span class="big {kind}">{value}</span><br><span class="soft">{below}</span>'
+
+
 def _changes(title: str, changes: Sequence[Change], k: int) -> str:
     if not changes:
-        return f"<h3>{_text(title)}</h3><p class=soft>No query.</p>"
+        return f"<h3>{_text(title)}</h3><p class='soft'>No query.</p>"
     rows = [
-        [
-            (f"{_short(change.this.query)} <span class=soft>({_short(change.this.id, 60)})</span>", "th"),
-            (f"{change.other.figures[f'ndcg@{k}']:.3f}", "figure"),
-            (f"{change.this.figures[f'ndcg@{k}']:.3f}", "figure"),
-            (f"{change.difference:+.3f}", "figure"),
-            (_moved(change), ""),
-        ]
+        f'<li><span class="query">{_short(change.this.query)}</span> <span class="soft">{_short(change.this.id, 60)}</span>'
+        f"<p>nDCG@{k} {change.other.figures[f'ndcg@{k}']:.3f} → {change.this.figures[f'ndcg@{k}']:.3f} "
+        f'<span class="{"good" if change.difference > 0 else "bad"}">({change.difference:+.3f})</span>'
+        f"{_moved(change)}</p></li>"
         for change in changes
     ]
-    headings = [("query", ""), ("other", "figure"), ("this", "figure"), ("difference", "figure")]
-    return f"<h3>{_text(title)}</h3>" + _table(
-        "Ranks of expected documents; – stands for not found.", [*headings, ("rank of expected documents", "")], rows
-    )
+    return f'<h3>{_text(title)}</h3><ol class="changes">{"".join(rows)}</ol>'
 
 
 def _moved(change: Change) -> str:
     def rank(found: Sequence[str], document: str) -> str:
-        return str(found.index(document) + 1) if document in found else "–"
+        return str(found.index(document) + 1) if document in found else "not found"
 
     ranks = {d: (rank(change.other.found, d), rank(change.this.found, d)) for d in change.this.expected}
     moved = [(document, pair) for document, pair in ranks.items() if pair[0] != pair[1]]
     shown = [f"{_short(document, 40)}: {a} → {b}" for document, (a, b) in moved[:EXPECTED]]
-    return "<br>".join(shown) + (f"<br>and {len(moved) - EXPECTED} more" if len(moved) > EXPECTED else "")
+    more = [f"{len(moved) - EXPECTED} more"] if len(moved) > EXPECTED else []
+    return f". Rank of expected documents: {', '.join([*shown, *more])}" if moved else ""
 
 
 def _threshold_figure(judged: Sequence[Judged]) -> str:
@@ -200,10 +198,10 @@ def _threshold_figure(judged: Sequence[Judged]) -> str:
     chart.line(list(zip(curve.thresholds.tolist(), curve.precision.tolist(), strict=True)), "two")
     said = "No relevant document was found."
     if keeping is not None:
-        chart.rule(keeping, f"{keeping:.3f} keeps {KEPT:.0%}")
+        chart.rule(keeping, f"{keeping:.3f} keeps {KEPT * 100:.0f} %")
         at = statistics.threshold_curve(queries, np.array([keeping]))
         said = (
-            f"A threshold of {keeping:.3f} keeps {KEPT:.0%} of the relevant hits: "
+            f"A threshold of {keeping:.3f} keeps {KEPT * 100:.0f} % of the relevant hits found: "
             f"precision {at.precision[0]:.3f} instead of {curve.precision[0]:.3f}."
         )
     rows = [
@@ -296,7 +294,7 @@ def _alternative_figures(alternatives: Sequence[Alternative], k: int) -> list[st
             title,
             f"Points for exact search and the index with several ef_search: {what}, and median latency.",
             plots.spanning("median latency of the search (ms)", [x for x, _ in points], least=1.0, low=0.0),
-            plots.spanning(label, [y for _, y in points], least=0.05)._replace(high=min(1.02, ceiling + 0.03)),
+            plots.spanning(label, [y for _, y in points], least=0.05)._replace(high=min(1.004, ceiling + 0.03)),
         )
         index = [(point, name) for point, name in zip(points, labels, strict=False) if name != "exact"]
         exact = [(point, name) for point, name in zip(points, labels, strict=False) if name == "exact"]
@@ -307,7 +305,7 @@ def _alternative_figures(alternatives: Sequence[Alternative], k: int) -> list[st
             _figure(
                 title,
                 f"The same queries under other settings: {what}. Numbers are ef_search.",
-                [("index", "one"), ("exact", "two")],
+                [("index", "one"), ("exact", "two dots")],
                 chart,
                 table,
             )
@@ -404,8 +402,8 @@ def _edges(values: Sequence[float]) -> list[float]:
     return [float(edge) for edge in np.linspace(low, max(high, low + 0.05), 26)]
 
 
-def _reach(interval: Interval | None, sign: str = "") -> str:
-    return f"{interval.low:{sign}.3f} to {interval.high:{sign}.3f}" if interval else ""
+def _signed(interval: Interval | None) -> str:
+    return f"{interval.low:+.4f} to {interval.high:+.4f}" if interval else ""
 
 
 def _share(value: float) -> str:

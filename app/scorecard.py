@@ -278,7 +278,7 @@ def _shown(
         "scans": ", ".join(f"{count:,} {kind}" for kind, count in done.items() if count),
         "ef_search": str(config.ef_search),
         "exact up to": f"{config.exact_rows:,} rows",
-        "expected, not stored": f"{measured.missing:,} documents",
+        "expected, not stored": f"{measured.missing:,}",
         "pgrecall": __version__,
     }
     several = len(measured.modes) > 1
@@ -350,7 +350,11 @@ def _show(document: Mapping[str, Any], rows: Sequence[Row], source: str, k: int)
                 ("95 % interval", "right"),
             ],
             [
-                (name, f"{d['other']:.3f}", f"{d['this']:.3f}", f"{d['difference']:+.3f}", d["interval"] or "")
+                (name, f"{d['other']:.3f}", f"{d['this']:.3f}", f"{d['difference']:+.4f}", _signed(d["interval"]))
                 for name, d in document["compared"]["metrics"].items()
             ],
         )
+
+
+def _signed(interval: statistics.Interval | None) -> str:
+    return f"{interval.low:+.4f} to {interval.high:+.4f}" if interval else ""

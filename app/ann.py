@@ -16,7 +16,7 @@ from app.search import Found, Scan
 from app.settings import Settings
 from app.tables import tenant_documents
 
-LIKENESS = 0.6
+LIKENESS = 0.5
 """Cosine similarity of a sampled vector to the chunk it is made of."""
 
 EQUAL = 1e-6

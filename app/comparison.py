@@ -8,9 +8,10 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from app import evaluation, statistics
+from app import __version__, evaluation, statistics
 from app.errors import BadInput
 from app.evaluation import Judged
+from app.settings import Settings
 from app.statistics import Interval
 
 SHOWN = 10
@@ -161,3 +162,44 @@ def compare(this: Sequence[Row], other: Sequence[Row]) -> Comparison:
         [change for change in reversed(changes) if change.difference > 0][:SHOWN],
         [change for change in changes if change.difference < 0][:SHOWN],
     )
+
+
+def setup(settings: Settings, mode: str) -> dict[str, Any]:
+    """What a run was made with."""
+    return {
+        "mode": mode,
+        "model": settings.model,
+        "dimensions": settings.dimensions,
+        "chunk_max_tokens": settings.chunk_max_tokens,
+        "chunk_overlap_tokens": settings.chunk_overlap_tokens,
+        "ef_search": settings.ef_search,
+        "exact_rows": settings.exact_rows,
+        "version": __version__,
+    }
+
+
+def summary(judged: Sequence[Judged], k: int, missing: int) -> dict[str, Any]:
+    """A mode's figures as JSON shows them. `missing`: how many expected documents are not stored."""
+    return {
+        "metrics": evaluation.mean_metrics(judged, k),
+        "intervals": evaluation.mean_intervals(judged, k),
+        "queries": len(judged),
+        "latency_ms": evaluation.latency([one.milliseconds for one in judged]),
+        "scans": evaluation.scans([one.scan for one in judged]),
+        "missing_documents": missing,
+    }
+
+
+def differences(path: Path, theirs: Saved, found: Comparison) -> dict[str, Any]:
+    """A comparison as JSON shows it."""
+
+    def changes(several: Sequence[Change]) -> list[dict[str, Any]]:
+        return [{"id": c.this.id, "query": c.this.query, "difference": c.difference} for c in several]
+
+    return {
+        "other": str(path),
+        "setup": theirs.setup,
+        "metrics": {name: each._asdict() for name, each in found.differences.items()},
+        "gained": changes(found.gained),
+        "lost": changes(found.lost),
+    }

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 from sqlalchemy import ARRAY, Text, bindparam, func, select
+from sqlalchemy.dialects.postgresql import distinct_on
 
 from app import search, statistics
 from app.database import Database, rendered
@@ -251,7 +252,7 @@ async def passages(
     best = rendered(
         select(chunk.c.id, func.left(chunk.c.content, 400).label("text"), (1 - distance).label("similarity"))
         .where(chunk.c.tenant_id == _tenant, chunk.c.id == func.any(bindparam("ids", type_=ARRAY(Text))))
-        .distinct(chunk.c.id)
+        .ext(distinct_on(chunk.c.id))
         .order_by(chunk.c.id, distance)
     )
     values = {"tenant_id": tenant_id, "embedding": embedding, "ids": list(ids)}

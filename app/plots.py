@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 440.0, 290.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 22.0, 46.0
+LEFT, RIGHT, TOP, BOTTOM = 60.0, 14.0, 22.0, 46.0
 """Room around the plotted area for ticks and labels, in the units of the viewBox."""
 
 LETTER = 7.5
@@ -134,11 +134,11 @@ def span(low: float, value: float, high: float, ends: Point) -> str:
     """A value with its interval as a small bar on a scale between `ends`, with a tick at 0 where that lies inside."""
 
     def at(figure: float) -> float:
-        return 4 + 152 * (min(max(figure, ends[0]), ends[1]) - ends[0]) / (ends[1] - ends[0])
+        return 4 + 312 * (min(max(figure, ends[0]), ends[1]) - ends[0]) / (ends[1] - ends[0])
 
     zero = f'<line class="rule" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="1" y2="17"/>' if ends[0] < 0 < ends[1] else ""
     return (
-        '<svg class="span" viewBox="0 0 160 18" aria-hidden="true"><line class="grid" x1="4" x2="156" y1="9" y2="9"/>'
+        '<svg class="span" viewBox="0 0 320 18" aria-hidden="true"><line class="grid" x1="4" x2="316" y1="9" y2="9"/>'
         f'{zero}<line class="reach" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="9" y2="9"/>'
         f'<circle class="dot one" cx="{at(value):.1f}" cy="9" r="4"/></svg>'
     )

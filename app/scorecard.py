@@ -73,11 +73,11 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
         )
     rows = {mode: [comparison.row(one, k) for one in each.judged] for mode, each in measured.modes.items()}
     compared = _compared(rows, saved)
-    documents = {mode: _document(each.judged, k, measured.missing) for mode, each in measured.modes.items()}
+    documents = {mode: comparison.summary(each.judged, k, measured.missing) for mode, each in measured.modes.items()}
     for mode, (_, theirs, found) in compared.items():
-        documents[mode] |= {"compared": _compared_document(arguments.compare, theirs, found)}
+        documents[mode] |= {"compared": comparison.differences(arguments.compare, theirs, found)}
     full = {
-        mode: documents[mode] | {"setup": _setup(config, mode), "per_query": [row.as_json() for row in each]}
+        mode: documents[mode] | {"setup": comparison.setup(config, mode), "per_query": [row.as_json() for row in each]}
         for mode, each in rows.items()
     }
     if arguments.save:
@@ -228,43 +228,6 @@ def _compared(rows: Mapping[str, list[Row]], saved: Mapping[str, Saved]) -> dict
     return compared
 
 
-def _setup(config: Settings, mode: str) -> dict[str, Any]:
-    return {
-        "mode": mode,
-        "model": config.model,
-        "dimensions": config.dimensions,
-        "chunk_max_tokens": config.chunk_max_tokens,
-        "chunk_overlap_tokens": config.chunk_overlap_tokens,
-        "ef_search": config.ef_search,
-        "exact_rows": config.exact_rows,
-        "version": __version__,
-    }
-
-
-def _document(judged: Sequence[Judged], k: int, missing: int) -> dict[str, Any]:
-    return {
-        "metrics": evaluation.mean_metrics(judged, k),
-        "intervals": evaluation.mean_intervals(judged, k),
-        "queries": len(judged),
-        "latency_ms": evaluation.latency([one.milliseconds for one in judged]),
-        "scans": evaluation.scans([one.scan for one in judged]),
-        "missing_documents": missing,
-    }
-
-
-def _compared_document(path: Path, theirs: Saved, found: Comparison) -> dict[str, Any]:
-    def changes(several: Sequence[comparison.Change]) -> list[dict[str, Any]]:
-        return [{"id": c.this.id, "query": c.this.query, "difference": c.difference} for c in several]
-
-    return {
-        "other": str(path),
-        "setup": theirs.setup,
-        "metrics": {name: each._asdict() for name, each in found.differences.items()},
-        "gained": changes(found.gained),
-        "lost": changes(found.lost),
-    }
-
-
 def _keyed(documents: Mapping[str, Any]) -> Any:
     return documents if len(documents) > 1 else next(iter(documents.values()))
 
@@ -286,7 +249,7 @@ def _shown(
         "scans": ", ".join(f"{count:,} {kind}" for kind, count in done.items() if count),
         "ef_search": str(config.ef_search),
         "exact up to": "as many rows as pays" if config.exact_rows is None else f"{config.exact_rows:,} rows",
-        "expected, not stored": f"{measured.missing:,} documents",
+        "expected, not stored": f"{measured.missing:,}",
         "pgrecall": __version__,
     }
     several = len(measured.modes) > 1
@@ -303,7 +266,7 @@ def _shown(
 
 def _otherwise(config: Settings, theirs: Saved, mode: str) -> str:
     """What the other run was made with, as far as it differs."""
-    mine = _setup(config, mode)
+    mine = comparison.setup(config, mode)
     other = [
         f"{name} {value} (here {mine[name]})" for name, value in theirs.setup.items() if mine.get(name, value) != value
     ]
@@ -358,7 +321,11 @@ def _show(document: Mapping[str, Any], rows: Sequence[Row], source: str, k: int)
                 ("95 % interval", "right"),
             ],
             [
-                (name, f"{d['other']:.3f}", f"{d['this']:.3f}", f"{d['difference']:+.3f}", d["interval"] or "")
+                (name, f"{d['other']:.3f}", f"{d['this']:.3f}", f"{d['difference']:+.4f}", _signed(d["interval"]))
                 for name, d in document["compared"]["metrics"].items()
             ],
         )
+
+
+def _signed(interval: statistics.Interval | None) -> str:
+    return f"{interval.low:+.4f} to {interval.high:+.4f}" if interval else ""

@@ -49,10 +49,10 @@ def check(arguments: Namespace, config: Settings) -> dict[str, float]:
 
 
 def shares(chunks: Mapping[str, int], count: int) -> dict[str, int]:
-    """`count` divided among tenants as their chunks are; those too small for one get none."""
+    """`count` divided among tenants as their chunks are, no more than each has; those too small for one get none."""
     ends = np.rint(np.cumsum(list(chunks.values())) / sum(chunks.values()) * count).astype(int).tolist()
     given = zip(chunks, ends, [0, *ends], strict=False)
-    return {tenant: end - start for tenant, end, start in given if end > start}
+    return {tenant: min(end - start, chunks[tenant]) for tenant, end, start in given if end > start}
 
 
 async def _compared(config: Settings, samples: Mapping[str, int], k: int) -> list[Compared]:

@@ -76,7 +76,13 @@ def test_a_folder_is_ingested_once_and_measured(run, folder):
     latency = report.pop("latency_ms")
     assert set(latency) == {"p50", "p95"}
     assert 0 < latency["p50"] <= latency["p95"]
-    assert report == {"queries": 3, "missing_documents": 0}
+    low, high = report.pop("intervals")["recall@1"]
+    assert 0 <= low < 2 / 3 < high <= 1
+    assert report == {
+        "queries": 3,
+        "missing_documents": 0,
+        "scans": {"exact": 3, "index": 0, "completed": 0},
+    }
 
     status, out, err = run("evaluate", folder)
     assert "tenant eval-small: 0 created, 0 updated, 4 unchanged" in err
@@ -168,6 +174,77 @@ def test_a_query_the_search_refuses_is_named(run, folder):
     status, _, err = run("evaluate", folder)
     assert status == 2
     assert "queries.jsonl:3: has 300 tokens; allowed: 254" in err
+
+
+def test_a_run_is_saved_shown_and_compared_with(run, folder, tmp_path):
+    before, page = tmp_path / "before.json", tmp_path / "report.html"
+    status, out, err = run("evaluate", folder, "-k", "1", "--save", before, "--json", "--per-query")
+    assert json.loads(before.read_text()) == json.loads(out)
+    assert f"wrote {before}" in err
+    write(folder, [CORPUS[0] | {"text": "Nothing about animals."}, *CORPUS[1:]], "corpus.jsonl")
+    status, out, err = run("evaluate", folder, "-k", "1", "--compare", before, "--report", page, "--json")
+    compared = json.loads(out)["compared"]
+    assert status == 0
+    assert compared["metrics"]["recall@1"]["difference"] == 0
+    assert compared["metrics"]["mean_similarity"]["difference"] < 0
+    html = page.read_text()
+    for shown in ("What do otters eat?", "Compared with before.json", "ef_search 400", "Nothing about animals."):
+        assert shown in html
+    out = run("evaluate", folder, "-k", "1", "--compare", before)[1]
+    assert "compared with" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before.json", "report.html", "small"]
+
+
+def test_a_run_of_other_queries_is_refused_before_anything_is_stored(run, folder, tmp_path):
+    run("evaluate", folder, "--save", tmp_path / "before.json")
+    write(folder, [QUERIES[0] | {"text": "What do seals eat?"}, *QUERIES[1:]], "queries.jsonl")
+    status, _, err = run("evaluate", folder, "--tenant", "fresh", "--compare", tmp_path / "before.json")
+    assert status == 2
+    assert "is a run of other queries: it lacks 'q1' ('What do seals eat?')" in err
+    assert json.loads(run("search", "otters", "--tenant", "fresh", "--json")[1])["count"] == 0
+
+
+@pytest.mark.parametrize("option", ["--report", "--save"])
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_stored(run, folder, tmp_path, option):
+    for path in (tmp_path, tmp_path / "missing" / "report.html"):
+        status, _, err = run("evaluate", folder, option, path)
+        assert status == 2
+        assert f"{option}: '{path}' cannot be written; allowed: a file in a folder that exists" in err
+    assert json.loads(run("search", "otters", "--tenant", "eval-small", "--json")[1])["count"] == 0
+
+
+def test_the_index_is_checked_without_judgements(run, folder):
+    run("evaluate", folder)
+    run("evaluate", folder, "--tenant", "other")
+    status, out, err = run("evaluate", "--ann", "--sample", "6", "--json", "--fail-under", "recall@10=1")
+    report = json.loads(out)
+    assert (status, report["metrics"], report["queries"]) == (0, {"recall@10": 1.0}, 6)
+    assert report["scans"] == {"exact": 6, "index": 0, "completed": 0}
+    assert {tenant: (each["chunks"], each["queries"]) for tenant, each in report["tenants"].items()} == {
+        "eval-small": (4, 3),
+        "other": (4, 3),
+    }
+    assert set(report["latency_ms"]) == {"served", "exact"}
+    status, out, err = run("evaluate", "--ann", "--tenant", "other")
+    assert status == 0
+    assert "scans exact" in out
+    assert "every search was exact, so nothing can be lost" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ([], "path: is missing; allowed: a file or folder of judged queries, or --ann"),
+        (["--ann", "judged.jsonl"], "--ann: takes no path"),
+        (["--ann", "--per-query"], "--ann: takes no per-query"),
+        (["--ann", "--tenant", "nobody"], "--tenant: tenant nobody has no chunks to sample"),
+        (["--ann", "--fail-under", "mrr=0.5"], "there is no 'mrr' with -k 10; allowed: recall@10"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(run, arguments, fault):
+    status, _, err = run("evaluate", *arguments)
+    assert status == 2
+    assert fault in err
 
 
 def comparable(text):

@@ -8,6 +8,7 @@ were found, is the threshold of the next pass. docs/text-search.md tells it with
 Words are alternatives; a "phrase" or -exclusion restricts what is found and adds nothing to a score but its words.
 """
 
+import re
 from collections.abc import Hashable
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -122,6 +123,11 @@ async def search(
     asked |= values(settings, tenant_id, question, top_k, conditions)
     (rows,) = await database.fetch(tenant_id, [statement.with_values("text", asked)], CONFIG)
     return [TextHit(**row) for row in rows]
+
+
+def plain(question: str) -> str:
+    """The question without what quotation marks and minus signs would ask: for prose that nobody wrote as a search."""
+    return re.sub(r'"|(?<!\S)-', " ", question)
 
 
 def values(settings: Settings, tenant_id: str, question: str, top_k: int, conditions: Conditions) -> dict[str, Any]:

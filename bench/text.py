@@ -260,7 +260,7 @@ def quality(admin: str | None, folders: Sequence[Path]) -> list[tuple[str, str]]
                 database = Database(settings, settings.database_url or "")
                 gains = []
                 for question in questions:
-                    hits = await text.search(database, settings, tenant, question.text, top_k=100)
+                    hits = await text.search(database, settings, tenant, text.plain(question.text), top_k=100)
                     best = list(dict.fromkeys(hit.id for hit in hits))
                     gains.append(evaluation.ndcg(best, question.grades, 10))
                 await database.close()

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
-from app import search, statistics
+from app import search, statistics, text
 from app.database import Database, rendered
 from app.embedding import Embedder
 from app.errors import TimedOut
@@ -139,7 +139,7 @@ async def run(
         begun = time.perf_counter()
         vector = await question_vector(embedder, question.text, question.origin)
         found, scan = await best_documents(
-            database, settings, question.tenant_id, vector, k, question=question.text, mode=mode
+            database, settings, question.tenant_id, vector, k, question=text.plain(question.text), mode=mode
         )
         yield Judged(question, found, 1000 * (time.perf_counter() - begun), scan)
 

@@ -8,6 +8,7 @@ were found, is the threshold of the next pass. docs/text-search.md tells it with
 Words are alternatives; a "phrase" or -exclusion restricts what is found and adds nothing to a score but its words.
 """
 
+import re
 from typing import Any
 
 from sqlalchemy import (
@@ -78,6 +79,11 @@ _KEYS: ARRAY[Any] = ARRAY(Text)
 _NO_KEYS = literal_column('null::text[] collate "C"', _KEYS)
 _LOWER = literal_column(f"(array{list(LOWER)})", _NUMBERS)
 _tenant = bindparam("tenant_id", type_=Text)
+
+
+def plain(question: str) -> str:
+    """The question without what quotation marks and minus signs would ask: for prose that nobody wrote as a search."""
+    return re.sub(r'"|(?<!\S)-', " ", question)
 
 
 def values(settings: Settings, question: str, text_k: int, conditions: Conditions) -> dict[str, Any]:

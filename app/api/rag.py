@@ -18,7 +18,7 @@ from litestar.params import Body
 from litestar.response import Stream
 from msgspec import Meta, Struct
 
-from app import questions, rag, search
+from app import questions, rag, search, text
 from app.api import operations, problems
 from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, asked
 from app.api.service import Service
@@ -99,7 +99,7 @@ async def answer_question(
         service.settings,
         data.tenant_id,
         vector,
-        question=data.question,
+        question=text.plain(data.question),
         top_k=data.top_k,
         threshold=data.threshold,
         conditions=narrowed,

@@ -95,6 +95,40 @@ def test_rows_survive_what_the_next_migration_does(settings):
         assert owner.execute("select content from sources").fetchone() == ("text",)
 
 
+def test_words_of_stored_chunks_are_filled_in_without_rewriting_them_and_again_after_a_stop(settings):
+    config = schema.config(settings)
+    command.upgrade(config, "0001")
+    with psycopg.connect(settings.migration_url, autocommit=True) as owner:
+        owner.execute(
+            "insert into sources (tenant_id, id, content) select 't' || n % 3, 'd' || n, '' from generate_series(1, 90) n"
+        )
+        owner.execute(
+            "insert into documents (tenant_id, id, chunk_key, content, embedding) "
+            "select tenant_id, id, 'k', 'vacuum ' || id, array_fill(1, array[64])::vector from sources"
+        )
+        heap = "select pg_relation_filenode('documents')"
+        before = owner.execute(heap).fetchone()
+        command.upgrade(config, "head")
+        assert owner.execute(heap).fetchone() == before
+        # As if it had been stopped while it filled: what is there stays, the rest is filled in.
+        owner.execute("delete from document_terms where tenant_id = 't1'")
+        owner.execute("truncate term_statistics, collection_statistics")
+        owner.execute("select recount_statistics(t) from unnest(array['t0', 't1', 't2']) t")
+        owner.execute("update pgrecall_revision set version_num = '0001'")
+        command.upgrade(config, "head")
+        assert owner.execute("select count(*) from document_terms").fetchone() == (90,)
+        counted = "select tenant_id, sum(chunks) from term_statistics where term = 'vacuum' group by 1 order by 1"
+        assert owner.execute(counted).fetchall() == [("t0", 30), ("t1", 30), ("t2", 30)]
+
+
+def test_the_language_is_that_of_the_setting_and_one_that_does_not_exist_is_refused(settings):
+    with pytest.raises(SetupError, match='text search configuration "klingon" does not exist'):
+        schema.migrate(replace(settings, text_language="klingon"))
+    schema.migrate(replace(settings, text_language="german"))
+    with psycopg.connect(settings.migration_url) as owner:
+        assert owner.execute("select chunk_terms('die Bücher')::text").fetchone() == ("'buch':2",)
+
+
 @pytest.mark.parametrize("dimensions", [64, 2_000, 2_001, 3_072, 4_000])
 def test_check_is_clean_after_upgrade(settings, dimensions):
     config = schema.config(replace(settings, embedding_dimensions=dimensions))

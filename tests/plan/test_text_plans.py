@@ -1,0 +1,78 @@
+"""The full-text statement finds by the index of the words, or scores the few rows that a filter leaves; never a whole tenant."""
+
+import json
+
+import psycopg
+import pytest
+
+from app import roles, text
+from app.database import rendered
+from app.local import OWNER, SERVICE
+from app.search import Conditions
+from tests.conftest import cloned, settings_for
+
+ROWS = 6_000
+
+
+@pytest.fixture(scope="module")
+def corpus(cluster, template):
+    with cloned(cluster, template) as name, psycopg.connect(cluster.url(name, OWNER), autocommit=True) as owner:
+        owner.execute("drop index documents_embedding_idx")
+        for tenant in ("acme", "umbra"):
+            owner.execute(
+                "insert into sources (tenant_id, id, content) select %s, 'd' || n, '' from generate_series(1, %s) n",
+                (tenant, ROWS),
+            )
+        owner.execute(
+            "insert into documents (tenant_id, id, chunk_key, doc_type, content, embedding) "
+            "select tenant_id, id, 'k', case when hashtext(id) %% 100 = 0 then 'rare' else 'often' end, "
+            "'vacuum ' || case when hashtext(id) %% 50 = 1 then 'planner ' else 'page ' end || id, "
+            "array_fill(1, array[64])::vector from sources".replace("%%", "%")
+        )
+        owner.execute("call fill_terms()")
+        owner.execute("vacuum analyze documents, document_terms, term_statistics, sources")
+        yield name
+
+
+def plan(cluster, corpus, conditions, question="planner vacuum"):
+    """The plan of a search as the service runs it: its role, its tenant, its settings."""
+    settings = settings_for(cluster.url(corpus, SERVICE), "http://127.0.0.1:9/v1", exact_rows=1_000)
+    sql, constants = rendered(text.build(conditions))
+    values = constants | text.values(settings, "acme", question, 10, conditions)
+    with psycopg.connect(settings.database_url) as connection:
+        for name, value in ({"role": roles.APP, "pgrecall.tenant_id": "acme"} | text.CONFIG).items():
+            connection.execute("select set_config(%s, %s, true)", (name, value))
+        (found,) = connection.execute("explain (analyze, format json) " + sql, values).fetchone()
+        return list(nodes((found if isinstance(found, list) else json.loads(found))[0]["Plan"]))
+
+
+def nodes(node):
+    yield node
+    for child in node.get("Plans", []):
+        yield from nodes(child)
+
+
+def ran(plan, index):
+    return [n for n in plan if n.get("Index Name") == index and n["Actual Loops"] > 0]
+
+
+WORDS = "document_terms_tenant_terms_idx"
+
+
+def test_words_are_looked_up_in_their_index_and_nothing_else_of_the_tenant_is_read(cluster, corpus):
+    found = plan(cluster, corpus, Conditions())
+    (walked,) = ran(found, WORDS)
+    assert walked["Actual Rows"] < ROWS / 10
+    assert not [n for n in found if n["Node Type"] in ("BitmapAnd", "Seq Scan")]
+
+
+def test_a_filter_that_leaves_few_rows_has_them_scored_without_the_words(cluster, corpus):
+    found = plan(cluster, corpus, Conditions(doc_types=("rare",)))
+    assert ran(found, WORDS) == []
+    assert ran(found, "document_terms_pkey")
+
+
+def test_a_filter_that_leaves_many_is_applied_to_what_the_words_find(cluster, corpus):
+    found = plan(cluster, corpus, Conditions(doc_types=("often",)))
+    assert ran(found, WORDS)
+    assert all(n["Actual Rows"] < ROWS / 10 for n in ran(found, WORDS))

@@ -22,6 +22,9 @@ from app import terminal
 RESULTS = Path("docs/benchmarks")
 """Where figures and plots go, from the checkout."""
 
+WIDTH = 130
+"""Least characters in a line of a table: where the output is no terminal there would be 80."""
+
 Query = TypeVar("Query")
 
 
@@ -99,7 +102,9 @@ def arguments(parser: ArgumentParser, rows: int = 200_000) -> Namespace:
         "--data-dir", type=Path, default=Path(".bench"), help="what is loaded stays here for the next command (.bench)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the JSON and the plot ({RESULTS})")
-    return parser.parse_args()
+    options = parser.parse_args()
+    terminal.out.width = max(terminal.out.width, WIDTH)
+    return options
 
 
 def say(where: Mapping[str, Any]) -> None:

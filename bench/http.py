@@ -6,7 +6,8 @@ Each search's transactions (role, tenant, limits, statements) are recorded once 
 (bench/bare.py) runs them on a bare psycopg connection, in pgrecall's own server and with as many workers; pgbench runs
 them from C, one packet each. pgrecall is asked over HTTP: once with the vector as JSON numbers in `embedding`, once
 with a text in `query`, the same few texts again and again. The vectors of `query` are the texts' own, and so are those
-of the runs it is compared with. The load (bench/load.py) is one process with epoll; its CPU is in the table.
+of the runs it is compared with. The load (bench/load.py) is one process with epoll. The table shows the CPU that a
+request takes of the server's processes (without PostgreSQL) and of the load: on a busy machine the steadier figures.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from bench import postgres, served, timing, transactions
 from bench.data import TENANTS, Vectors
 from bench.load import Load, request
 from bench.postgres import Loaded
+from bench.served import Serving
 from bench.timing import Sample
 
 QUESTIONS = 16
@@ -81,12 +84,13 @@ def variants(
     kept = folder / "searches"
     kept.write_bytes(pickle.dumps({f"{c.tenant}-{c.field}": found[0] for c, found in recorded.items()}))
     load = opened.enter_context(Load())
-    bases = {f"pgrecall, {n}": opened.enter_context(served.pgrecall(loaded.service_url, n)) for n in WORKERS}
-    bases |= {f"bare, {n}": opened.enter_context(served.bare(loaded.service_url, str(kept), n)) for n in WORKERS}
+    servers = {f"pgrecall, {n}": opened.enter_context(served.pgrecall(loaded.service_url, n)) for n in WORKERS}
+    servers |= {f"bare, {n}": opened.enter_context(served.bare(loaded.service_url, str(kept), n)) for n in WORKERS}
     made: dict[Case, dict[str, Turn]] = {}
     for case, (searches, expected) in recorded.items():
         made[case] = {}
-        for name, base in bases.items():
+        for name, serving in servers.items():
+            base = serving.address
             requests = [
                 request(f"{base}/search", postgres.body(case.tenant, NOTHING, **{case.field: value}))
                 if name.startswith("pgrecall")
@@ -99,12 +103,18 @@ def variants(
                 found = [hit["id"] for hit in json.loads(bodies[number])["results"]]
                 if found != ids:
                     raise SystemExit(f"{name} found {found} for {case.tenant}, {case.field} {number}, not {ids}")
-            made[case][name] = lambda base=base, requests=requests: load.turn(base, requests, clients, SECONDS).sample  # type: ignore[misc]
+            made[case][name] = partial(_http, load, serving, requests, clients)
         made[case][PGBENCH] = _pgbench(loaded, transactions.write_scripts(searches, folder), clients, folder)
     return made
 
 
 NOTHING = postgres.Narrowing()
+
+
+def _http(load: Load, serving: Serving, requests: Sequence[bytes], clients: int) -> Sample:
+    before = serving.cpu()
+    sample = load.turn(serving.address, requests, clients, SECONDS).sample
+    return sample._replace(server=serving.cpu() - before)
 
 
 def _pgbench(loaded: Loaded, scripts: list[str], clients: int, folder: Path) -> Turn:
@@ -183,7 +193,7 @@ def judged(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
     """A table per tenant."""
-    numbers = ("requests/s", "median ms", "p95 ms", "load's CPU ms", "of bare (quartiles)", "of pgbench (quartiles)")
+    numbers = ("requests/s", "median ms", "p95 ms", "server's CPU ms", "load's", "of bare (quartiles)", "of pgbench (quartiles)")
     for tenant in dict.fromkeys(row["tenant"] for row in results):
         terminal.table(
             f"tenant {tenant}",
@@ -195,7 +205,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
                     f"{row['requests_per_s']:.0f}",
                     f"{row['median_ms']:.2f}",
                     f"{row['p95_ms']:.2f}",
-                    "" if row["client_cpu_ms"] is None else f"{row['client_cpu_ms']:.3f}",
+                    *("" if row[cpu] is None else f"{row[cpu]:.2f}" for cpu in ("server_cpu_ms", "client_cpu_ms")),
                     *("{1:.2f} ({0:.2f}–{2:.2f})".format(*row[f"of {a}"]) if f"of {a}" in row else "" for a in LEAST),
                 )
                 for row in results

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import NamedTuple
+
+import psutil  # type: ignore[import-untyped]
 
 from app import server
 from app import settings as environment
@@ -14,9 +17,21 @@ from app import settings as environment
 READY = "serving on "
 
 
+class Serving(NamedTuple):
+    """A server in a process of its own."""
+
+    address: str
+    pid: int
+
+    def cpu(self) -> float:
+        """Seconds of CPU that it and its workers have used so far."""
+        parent = psutil.Process(self.pid)
+        return sum(sum(each.cpu_times()[:2]) for each in (parent, *parent.children(recursive=True)))
+
+
 @contextlib.contextmanager
-def process(command: list[str], environ: Mapping[str, str], ready: str = READY) -> Iterator[str]:
-    """A process that says on standard error where it serves; ends by SIGTERM. Its address."""
+def process(command: list[str], environ: Mapping[str, str], ready: str = READY) -> Iterator[Serving]:
+    """A process that says on standard error where it serves; ends by SIGTERM."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PGRECALL_", "DATABASE_", "OPENAI_"))}
     with subprocess.Popen(command, env=clean | dict(environ), stderr=subprocess.PIPE, text=True) as started:
         said = []
@@ -24,7 +39,7 @@ def process(command: list[str], environ: Mapping[str, str], ready: str = READY) 
             for line in started.stderr or ():
                 said.append(line)
                 if ready in line:
-                    yield line.partition(ready)[2].split(",")[0].split()[0]
+                    yield Serving(line.partition(ready)[2].split(",")[0].split()[0], started.pid)
                     return
             raise SystemExit(f"{' '.join(command)} did not come up:\n{''.join(said[-20:])}")
         finally:
@@ -33,20 +48,20 @@ def process(command: list[str], environ: Mapping[str, str], ready: str = READY) 
 
 
 @contextlib.contextmanager
-def pgrecall(url: str, workers: int) -> Iterator[str]:
-    """`pgrecall serve` on a free port; its address."""
+def pgrecall(url: str, workers: int) -> Iterator[Serving]:
+    """`pgrecall serve` on a free port."""
     command = [sys.executable, "-m", "app", "serve", "--port", "0", "--workers", str(workers)]
     environ = {"DATABASE_URL": url, "PGRECALL_EMBEDDER": "local", "PGRECALL_LOG_LEVEL": "warning", "COLUMNS": "200"}
-    with process(command, environ) as address:
-        yield address
+    with process(command, environ) as serving:
+        yield serving
 
 
 @contextlib.contextmanager
-def bare(url: str, searches: str, workers: int) -> Iterator[str]:
-    """bench/bare.py in pgrecall's own server; its address."""
+def bare(url: str, searches: str, workers: int) -> Iterator[Serving]:
+    """bench/bare.py in pgrecall's own server."""
     command = [sys.executable, "-m", __name__, str(workers)]
-    with process(command, {"DATABASE_URL": url, "BENCH_SEARCHES": searches}) as address:
-        yield address
+    with process(command, {"DATABASE_URL": url, "BENCH_SEARCHES": searches}) as serving:
+        yield serving
 
 
 def main(workers: int) -> int:

@@ -23,7 +23,6 @@ CONNECTIONS = 8
 @asynccontextmanager
 async def _opened(app: Litestar) -> AsyncIterator[None]:
     url = os.environ["DATABASE_URL"]
-    app.state.searches = pickle.loads(Path(os.environ["BENCH_SEARCHES"]).read_bytes())
     app.state.free = []
     for _ in range(CONNECTIONS):
         connection = await psycopg.AsyncConnection.connect(url, autocommit=True, prepare_threshold=3)
@@ -55,4 +54,6 @@ async def bare(state: State, name: str, number: int) -> dict[str, list[dict[str,
 
 def create_app() -> Litestar:
     """The application."""
-    return Litestar([bare], lifespan=[_opened], openapi_config=None, logging_config=None)
+    searches = pickle.loads(Path(os.environ["BENCH_SEARCHES"]).read_bytes())
+    state = State({"searches": searches})
+    return Litestar([bare], lifespan=[_opened], state=state, openapi_config=None, logging_config=None)

@@ -28,7 +28,7 @@ import numpy as np
 from app import terminal
 from app.embedding import open_embedder
 from app.settings import Settings
-from bench import postgres, served, timing, transactions
+from bench import data, postgres, served, timing, transactions
 from bench.data import TENANTS, Vectors
 from bench.load import Load, request
 from bench.postgres import Loaded
@@ -76,9 +76,7 @@ def variants(
     folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
     cases = [Case(tenant, field) for tenant in tenants for field in vectors]
     recorded = {
-        case: asyncio.run(
-            transactions.recorded(loaded.settings, loaded.service_url, case.tenant, vectors[case.field])
-        )
+        case: asyncio.run(transactions.recorded(loaded.settings, loaded.service_url, case.tenant, vectors[case.field]))
         for case in cases
     }
     kept = folder / "searches"
@@ -108,7 +106,7 @@ def variants(
     return made
 
 
-NOTHING = postgres.Narrowing()
+NOTHING = data.Narrowing()
 
 
 def _http(load: Load, serving: Serving, requests: Sequence[bytes], clients: int) -> Sample:
@@ -193,7 +191,15 @@ def judged(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
     """A table per tenant."""
-    numbers = ("requests/s", "median ms", "p95 ms", "server's CPU ms", "load's", "of bare (quartiles)", "of pgbench (quartiles)")
+    numbers = (
+        "requests/s",
+        "median ms",
+        "p95 ms",
+        "server's CPU ms",
+        "load's",
+        "of bare (quartiles)",
+        "of pgbench (quartiles)",
+    )
     for tenant in dict.fromkeys(row["tenant"] for row in results):
         terminal.table(
             f"tenant {tenant}",

@@ -126,7 +126,7 @@ def chroma(corpus: Corpus, _: Path, address: str) -> tuple[Search | None, dict[s
     return None, {"collections": ids}
 
 
-def langchain(corpus: Corpus, _: Path, address: str) -> tuple[Search, dict[str, Any]]:
+def langchain(corpus: Corpus, folder: Path, address: str) -> tuple[Search, dict[str, Any]]:
     """langchain-postgres: its table with a column for each field, its HNSW index, a b-tree on each field."""
     import psycopg  # noqa: PLC0415
     from langchain_core.embeddings import Embeddings  # noqa: PLC0415
@@ -151,7 +151,7 @@ def langchain(corpus: Corpus, _: Path, address: str) -> tuple[Search, dict[str, 
 
     with psycopg.connect(address, autocommit=True) as owner:
         label = owner.execute("select obj_description(to_regclass('rows'))").fetchone()
-        if label != (str(len(corpus.vectors)),):
+        if label != (folder.parent.name,):
             owner.execute("drop table if exists rows")
             key = Column("langchain_id", "text", nullable=False)
             engine.init_vectorstore_table("rows", corpus.vectors.shape[1], metadata_columns=columns, id_column=key)
@@ -169,7 +169,7 @@ def langchain(corpus: Corpus, _: Path, address: str) -> tuple[Search, dict[str, 
                 owner.execute(f"create index on rows ({name})")
             store().apply_vector_index(HNSWIndex())
             owner.execute("vacuum analyze rows")
-            owner.execute(f"comment on table rows is '{len(corpus.vectors)}'")
+            owner.execute(f"comment on table rows is '{folder.parent.name}'")
     opened = store()
 
     def search(number: int, tenant: str | None, narrowing: Narrowing) -> list[str]:

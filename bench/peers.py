@@ -120,8 +120,8 @@ def installed(data_dir: Path) -> Path:
     if not done.exists() or done.read_text() != REQUIREMENTS.read_text():
         terminal.say(f"installing the peers into {data_dir / 'venv'} (once, a minute or two)")
         venv.create(folder, clear=True, with_pip=True)
-        pip = [folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-        subprocess.run([*pip, "-r", REQUIREMENTS], check=True)
+        pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+        subprocess.run([*pip, "-r", str(REQUIREMENTS)], check=True)
         done.write_text(REQUIREMENTS.read_text())
     return folder / "bin/python"
 
@@ -130,7 +130,16 @@ def installed(data_dir: Path) -> Path:
 def chroma_server(python: Path, folder: Path, log: Path) -> Iterator[str]:
     """`chroma run` on a free port; its address."""
     port = _free_port()
-    command = [python.with_name("chroma"), "run", "--path", folder.absolute(), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(python.with_name("chroma")),
+        "run",
+        "--path",
+        str(folder.absolute()),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environ = os.environ | {"ANONYMIZED_TELEMETRY": "False"}
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as said, subprocess.Popen(command, stdout=said, stderr=said, env=environ) as process:
@@ -155,7 +164,7 @@ def _free_port() -> int:
 
 
 def in_process(runner: asyncio.Runner, database: Database, loaded: Loaded, case: Case) -> Ask:
-    """pgrecall's search as served, without HTTP."""
+    """The search as pgrecall serves it, without HTTP."""
     asked, tenant = postgres.conditions(FILTERS[case.filter]), EVERYTHING if case.tenant == ALL else case.tenant
 
     def ask(clients: int, seconds: float) -> Turn:
@@ -183,7 +192,7 @@ def over_http(load: Load, address: str, requests: Sequence[bytes], read: Callabl
 
 
 def pgrecall_http(load: Load, address: str, corpus: Corpus, case: Case) -> Ask:
-    """pgrecall's server."""
+    """The server of pgrecall."""
     tenant = EVERYTHING if case.tenant == ALL else case.tenant
     bodies = [postgres.body(tenant, FILTERS[case.filter], embedding=q) for q in corpus.queries.tolist()]
     requests = [request(f"{address}/search", body) for body in bodies]
@@ -212,7 +221,7 @@ def systems(options: Namespace, opened: ExitStack) -> tuple[Loaded, dict[Case, d
     server = opened.enter_context(postgres.started(options.data_dir))
     mixed = postgres.loaded(server, options.rows)
     single = postgres.loaded(server, options.rows, "single")
-    corpus, folder = mixed.corpus, options.data_dir / f"peers-{options.rows}"
+    corpus, folder = mixed.corpus, options.data_dir / f"peers-{options.rows}-{postgres.made_by()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     local.bootstrap(server.url(), "langchain")
     chroma = opened.enter_context(chroma_server(python, folder / "chroma", folder / "chroma.log"))
@@ -351,7 +360,13 @@ def judged(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def show(results: Sequence[Mapping[str, Any]]) -> None:
     """A table per tenant."""
     by = {(row["tenant"], row["filter"], row["system"], row["clients"]): row for row in results}
-    headings = ["recall@10", "rows", "median ms", "p95 ms", *(f"requests/s, {n} client{'s' * (n > 1)}" for n in CLIENTS)]
+    headings = [
+        "recall@10",
+        "rows",
+        "median ms",
+        "p95 ms",
+        *(f"requests/s, {n} client{'s' * (n > 1)}" for n in CLIENTS),
+    ]
     for tenant in dict.fromkeys(row["tenant"] for row in results):
         shown = [row for row in results if row["tenant"] == tenant and row["clients"] == CLIENTS[0]]
         terminal.table(

@@ -69,6 +69,7 @@ def figures(samples: Sequence[Sample]) -> dict[str, Any]:
 
     def each(spent: Sequence[float | None]) -> float | None:
         return None if None in spent else 1e3 * sum(filter(None, spent)) / len(latencies)
+
     return {
         "median_ms": 1e3 * statistics.median(latencies),
         "p95_ms": quantile(latencies, 0.95),
@@ -128,7 +129,10 @@ def save(folder: Path, name: str, record: Mapping[str, Any], draw: Callable[[Any
         return
     importlib.import_module("matplotlib").use("svg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    pyplot.rcParams |= {"svg.hashsalt": name, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    pyplot.rc("svg", hashsalt=name)
+    pyplot.rc("font", size=9)
+    pyplot.rc("axes", grid=True)
+    pyplot.rc("grid", alpha=0.3)
     draw(pyplot, record)
     pyplot.tight_layout()
     for ending in ("svg", "png"):

@@ -53,7 +53,7 @@ class Recorder(Database):
     ) -> list[list[dict[str, Any]]]:
         """As ever, and kept."""
         identity = {"role": roles.APP, "pgrecall.tenant_id": tenant_id, "statement_timeout": self._limit}
-        self.seen.append(Transaction(identity | (config or {}), [(s.sql, dict(s.values)) for s in statements]))
+        self.seen.append(Transaction(identity | dict(config or {}), [(s.sql, dict(s.values)) for s in statements]))
         return await super().fetch(tenant_id, statements, config, **given)
 
 

@@ -143,7 +143,7 @@ def clustered(count: int, dimensions: int, seed: int, stream: int = 0) -> Vector
 def corpus(
     count: int, *, layout: Layout = "mixed", dimensions: int = 384, seed: int = 11, queries: int = 100
 ) -> Corpus:
-    """The rows of one layout. Both layouts have the same rows, which only belong to other tenants."""
+    """The rows of one layout. Both have the same vectors and fields; tenants differ, and so which rows are rare."""
     generator = np.random.default_rng([seed, 0xE3])
     tenant, tenants = np.zeros(count, np.int32), [EVERYTHING]
     shuffled = generator.permutation(count)

@@ -14,18 +14,13 @@ import contextlib
 import importlib
 import itertools
 import json
-import os
-import platform
 import secrets
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal, NamedTuple
@@ -49,6 +44,9 @@ from app import embedded, local, roles, schema, search, terminal
 from app.database import Database, Rendered, rendered
 from app.search import Conditions
 from app.settings import LOCAL_DIMENSIONS, Settings
+from bench import postgres, timing, transactions
+from bench.timing import Sample
+from bench.transactions import Search
 
 TENANTS = {"small": 1_500, "large": 18_500}
 CLIENTS = (1, 4)
@@ -96,14 +94,6 @@ class Corpus(NamedTuple):
         if rows[0]["candidates"] > self.settings.exact_rows:
             rows = await run("nearest", tenant, query)
         return [row["id"] for row in rows]
-
-
-class Sample(NamedTuple):
-    """One variant, one tenant, one number of clients, one round; in seconds, `elapsed` and the client's `cpu` in all."""
-
-    latencies: list[float]
-    elapsed: float
-    cpu: float | None
 
 
 def statement(kind: Kind) -> Select[Any]:
@@ -245,24 +235,6 @@ VARIANTS: dict[str, Callable[[Corpus, int], contextlib.AbstractAsyncContextManag
 }
 
 
-async def measured(asks: Sequence[Ask], tenant: str, queries: Sequence[Embedding]) -> Sample:
-    """Every client asks one query after the other until the slice is over."""
-    latencies: list[float] = []
-
-    async def client(first: int, ask: Ask) -> None:
-        number, now = first, time.perf_counter()
-        while now < end:
-            await ask(tenant, queries[number % len(queries)])
-            before, now = now, time.perf_counter()
-            latencies.append(now - before)
-            number += 1
-
-    cpu, start = time.process_time(), time.perf_counter()
-    end = start + SLICE
-    await asyncio.gather(*(client(n, ask) for n, ask in enumerate(asks)))
-    return Sample(latencies, time.perf_counter() - start, time.process_time() - cpu)
-
-
 async def warmed(opened: Mapping[str, Sequence[Ask]], queries: Sequence[Embedding]) -> None:
     """Ask through every connection, and stop where a variant finds something else than the others."""
     expected: dict[tuple[str, int], list[str]] = {}
@@ -275,27 +247,23 @@ async def warmed(opened: Mapping[str, Sequence[Ask]], queries: Sequence[Embeddin
                         raise SystemExit(f"{name} found {ids} for query {number} of {tenant}")
 
 
+def as_search(corpus: Corpus, tenant: str, query: Embedding) -> Search:
+    """The transactions of one search of this tenant."""
+    kinds = KINDS if TENANTS[tenant] > corpus.settings.exact_rows else KINDS[:1]
+    return [
+        transactions.Transaction(
+            corpus.config(tenant, kind),
+            [(text(kind).sql, {**text(kind).constants, **corpus.values(tenant, kind, query)})],
+        )
+        for kind in kinds
+    ]
+
+
 def pgbench(corpus: Corpus, tenant: str, clients: int, folder: Path) -> Sample:
     """The same transactions from C, each in one packet: what remains is the server and the socket."""
-    command = ["pgbench", "-n", "-M", "prepared", "-c", str(clients), "-t", str(round(SLICE * 400))]
-    for number, query in enumerate(corpus.queries[:4]):
-        lines = []
-        for kind in KINDS if TENANTS[tenant] > corpus.settings.exact_rows else KINDS[:1]:
-            values = {**text(kind).constants, **corpus.values(tenant, kind, None)}
-            shown = {name: sql.Literal(value).as_string(None) for name, value in values.items()}
-            asked = text(kind).sql % (shown | {"embedding": f":e{number}"})
-            settings = set_config(corpus.config(tenant, kind)).as_string(None)
-            lines += ["\\startpipeline", "begin;", f"{settings};", f"{asked};", "commit;", "\\endpipeline"]
-        script = folder / f"{tenant}{number}.sql"
-        script.write_text("\n".join(lines))
-        command += ["-f", str(script), "-D", f"e{number}={Vector(query).to_text()}"]
-    log = folder / secrets.token_hex(4)
-    subprocess.run([*command, "-l", f"--log-prefix={log}", corpus.url], check=True, capture_output=True)
-    # A line for each transaction: client, number, µs it took, script, and when it ended in s and µs.
-    fields = [line.split() for path in folder.glob(f"{log.name}.*") for line in path.read_text().splitlines()]
-    began = min(int(end) + int(part) / 1e6 - int(took) / 1e6 for _, _, took, _, end, part in fields)
-    ended = max(int(end) + int(part) / 1e6 for *_, end, part in fields)
-    return Sample([int(took) / 1e6 for _, _, took, *_ in fields], ended - began, None)
+    searches = [as_search(corpus, tenant, query) for query in corpus.queries[:4]]
+    scripts = transactions.write_scripts(searches, folder)
+    return transactions.pgbench(corpus.url, scripts, clients, round(SLICE * 400), folder)
 
 
 @contextlib.contextmanager
@@ -320,14 +288,12 @@ def loaded(admin: str) -> Iterator[Corpus]:
 
         with psycopg.connect(url(local.OWNER), autocommit=True) as owner:
             pgvector.psycopg.register_vector(owner)
-            owner.execute("drop index documents_embedding_idx")
+            indexes = postgres.dropped(owner)
             for tenant, count in TENANTS.items():
                 fill(owner, tenant, clustered(count))
             owner.execute("set maintenance_work_mem = '512MB'")
-            owner.execute(
-                "create index documents_embedding_idx on documents using hnsw (embedding vector_cosine_ops) "
-                "with (m = 16, ef_construction = 64)"
-            )
+            for definition in indexes:
+                owner.execute(definition)
             owner.execute("vacuum analyze sources, documents")
         yield Corpus(url(local.SERVICE), settings, list(clustered(QUERIES)))
     finally:
@@ -369,7 +335,7 @@ def rounds(corpus: Corpus, seconds: float, loop: Any) -> dict[tuple[str, int, st
                 for name, variant in VARIANTS.items()
             }
             runner.run(warmed(opened, corpus.queries))
-            names = [*opened, PGBENCH] if shutil.which("pgbench") else [*opened]
+            names = [*opened, PGBENCH]
             end = time.monotonic() + seconds
             for number in itertools.count():
                 if number >= LEAST_ROUNDS and time.monotonic() > end:
@@ -379,7 +345,8 @@ def rounds(corpus: Corpus, seconds: float, loop: Any) -> dict[tuple[str, int, st
                         if name == PGBENCH:
                             sample = pgbench(corpus, tenant, clients, Path(folder))
                         else:
-                            sample = runner.run(measured(opened[name][:clients], tenant, corpus.queries))
+                            asks = [partial(ask, tenant) for ask in opened[name][:clients]]
+                            sample = runner.run(timing.measured(asks, corpus.queries, SLICE))
                         samples.setdefault((tenant, clients, name), []).append(sample)
                 names = names[3:] + names[:3]
         finally:
@@ -388,9 +355,7 @@ def rounds(corpus: Corpus, seconds: float, loop: Any) -> dict[tuple[str, int, st
 
 
 def row(samples: Sequence[Sample], yardstick: Sequence[Sample]) -> dict[str, Any]:
-    """Medians and p95 over all rounds; `ratio` are the quartiles of the rounds' ratios of medians."""
-    latencies = sorted(latency for sample in samples for latency in sample.latencies)
-    spent = [sample.cpu for sample in samples]
+    """Figures over all rounds; `ratio` are the quartiles of the rounds' ratios of medians."""
     ratios = np.quantile(
         [
             statistics.median(ours.latencies) / statistics.median(theirs.latencies)
@@ -398,33 +363,7 @@ def row(samples: Sequence[Sample], yardstick: Sequence[Sample]) -> dict[str, Any
         ],
         [0.25, 0.5, 0.75],
     )
-    return {
-        "median_ms": 1e3 * statistics.median(latencies),
-        "p95_ms": 1e3 * latencies[int(0.95 * len(latencies))],
-        "requests_per_s": len(latencies) / sum(sample.elapsed for sample in samples),
-        "client_cpu_ms": None if None in spent else 1e3 * sum(filter(None, spent)) / len(latencies),
-        "ratio": ratios.tolist(),
-    }
-
-
-def surroundings(corpus: Corpus, loop: str) -> dict[str, Any]:
-    """Where and with what it was measured."""
-    with psycopg.connect(corpus.url) as connection:
-        found = connection.execute(
-            "select current_setting('server_version'), extversion, current_setting('shared_buffers') "
-            "from pg_extension where extname = 'vector'"
-        ).fetchone()
-    packages = ("psycopg", "asyncpg", "sqlalchemy", "pgvector", "numpy")
-    server, extension, buffers = found or ("", "", "")
-    return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
-        "load before": f"{os.getloadavg()[0]:.1f}",
-        "server": f"PostgreSQL {server}, pgvector {extension}, shared_buffers {buffers}",
-        "client": f"Python {platform.python_version()}, {loop}, "
-        + ", ".join(f"{package} {version(package)}" for package in packages),
-    }
+    return timing.figures(samples) | {"ratio": ratios.tolist()}
 
 
 def main() -> None:
@@ -441,9 +380,9 @@ def main() -> None:
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
             admin = opened.enter_context(embedded.start(folder / "pg", durable=False)).url()
         corpus = opened.enter_context(loaded(admin))
-        where = surroundings(corpus, "uvloop" if args.uvloop else "asyncio")
+        where = timing.surroundings(corpus.url, ("asyncpg",)) | {"loop": "uvloop" if args.uvloop else "asyncio"}
         samples = rounds(corpus, args.seconds, loop)
-    where["rounds"] = len(samples["small", 1, YARDSTICK])
+    where["rounds"] = str(len(samples["small", 1, YARDSTICK]))
     results: list[dict[str, Any]] = [
         {"tenant": tenant, "clients": clients, "variant": name} | row(found, samples[tenant, clients, YARDSTICK])
         for (tenant, clients, name), found in samples.items()
@@ -451,8 +390,7 @@ def main() -> None:
     if args.json:
         terminal.json({"surroundings": where, "results": results})
         return
-    for name, value in where.items():
-        terminal.out.print(f"{name}: {value}", soft_wrap=True)
+    timing.say(where)
     show(results)
 
 

@@ -74,13 +74,18 @@ def empty(server: embedded.Server, name: str) -> Settings:
     return settings
 
 
+def made_by(*scripts: Path) -> str:
+    """Another text when the generator, or one of these, is edited: what it had made is made again."""
+    return sha256(b"".join(path.read_bytes() for path in (*scripts, Path(data.__file__)))).hexdigest()
+
+
 def loaded(server: embedded.Server, rows: int, layout: Layout = "mixed") -> Loaded:
     """The database of this layout and size, as it was left or made now."""
     name = f"{layout}_{rows}"
     corpus = data.corpus(rows, layout=layout, dimensions=LOCAL_DIMENSIONS, seed=SEED)
-    # An edited migration or generator makes another database.
-    made_by = b"".join(path.read_bytes() for path in [*sorted(MIGRATIONS.glob("*.py")), Path(data.__file__)])
-    label = json.dumps({"rows": rows, "layout": layout, "seed": SEED, "made_by": sha256(made_by).hexdigest()})
+    label = json.dumps(
+        {"rows": rows, "layout": layout, "seed": SEED, "made_by": made_by(*sorted(MIGRATIONS.glob("*.py")))}
+    )
     with psycopg.connect(server.url(), autocommit=True) as admin:
         found = admin.execute(
             "select shobj_description(oid, 'pg_database') from pg_database where datname = %s", (name,)
@@ -94,6 +99,14 @@ def loaded(server: embedded.Server, rows: int, layout: Layout = "mixed") -> Load
     return Loaded(name, settings, corpus, took)
 
 
+def dropped(owner: psycopg.Connection[Any]) -> list[bytes]:
+    """Drop the indexes that are better built later; the statements that build them."""
+    found = owner.execute(SLOW_INDEXES).fetchall()
+    for name, _ in found:
+        owner.execute(sql.SQL("drop index {}").format(sql.Identifier(name)))
+    return [definition.encode() for _, definition in found]
+
+
 def fill(owner_url: str, corpus: Corpus, title: str, watch: Callable[[str], None] = lambda _: None) -> dict[str, float]:
     """COPY the corpus into `sources` and `documents`, build the indexes after; seconds of each step.
 
@@ -102,7 +115,7 @@ def fill(owner_url: str, corpus: Corpus, title: str, watch: Callable[[str], None
     took: dict[str, float] = {}
     with psycopg.connect(owner_url, autocommit=True) as owner, terminal.progress("steps") as progress:
         pgvector.psycopg.register_vector(owner)
-        indexes = owner.execute(SLOW_INDEXES).fetchall()
+        indexes = dropped(owner)
         task = progress.add_task(title, total=2 * len(corpus.vectors) / 1e4 + len(indexes) * 10 + 1)
 
         @contextlib.contextmanager
@@ -113,14 +126,12 @@ def fill(owner_url: str, corpus: Corpus, title: str, watch: Callable[[str], None
             yield
             took[name] = took.get(name, 0.0) + time.perf_counter() - start
 
-        for index, _ in indexes:
-            owner.execute(sql.SQL("drop index {}").format(sql.Identifier(index)))
         with step("copy"):
             for copy in (_copy_sources, _copy_documents):
                 copy(owner, corpus, lambda: progress.advance(task, 0.1))
         owner.execute("set maintenance_work_mem = '2GB'")
-        for _, definition in indexes:
-            with step("hnsw" if " USING hnsw " in definition else "gin"):
+        for definition in indexes:
+            with step("hnsw" if b" USING hnsw " in definition else "gin"):
                 owner.execute(definition)
             progress.advance(task, 10)
         with step("vacuum"):

@@ -122,16 +122,17 @@ def prepare_guide(loaded: Loaded) -> None:
 
 def guide(connection: psycopg.AsyncConnection[Any], vectors: Vectors, tenant: str, narrowing: Narrowing) -> Ask:
     """The statement of the guides, with a condition for each part of the filter."""
-    clauses, values = [sql.SQL("tenant_id = %(tenant)s")], {"tenant": tenant, "top_k": TOP_K}
+    clauses = [sql.SQL("tenant_id = %(tenant)s")]
+    values: dict[str, Any] = {"tenant": tenant, "top_k": TOP_K}
     if narrowing.doc_type is not None:
         clauses.append(sql.SQL("doc_type = %(doc_type)s"))
         values["doc_type"] = narrowing.doc_type
     if narrowing.metadata is not None:
         clauses.append(sql.SQL("metadata @> %(metadata)s"))
-        values["metadata"] = Jsonb(dict(narrowing.metadata))  # type: ignore[assignment]
+        values["metadata"] = Jsonb(dict(narrowing.metadata))
     if narrowing.window is not None:
         clauses.append(sql.SQL("created_at >= %(after)s and created_at < %(before)s"))
-        values["after"], values["before"] = narrowing.window  # type: ignore[assignment]
+        values["after"], values["before"] = narrowing.window
     statement = sql.SQL(
         "select id, content, doc_type, metadata, created_at, 1 - (embedding <=> %(embedding)s) as similarity "
         "from guide.documents where {} order by embedding <=> %(embedding)s limit %(top_k)s"
@@ -164,8 +165,8 @@ async def measure(loads: Mapping[Layout, Loaded], rounds: int, *, with_guide: bo
                         theirs = guide(connection, loaded.corpus.queries, tenant, narrowing)
                         cells[Cell("guide", tenant, name)] = Seen(theirs, truth)
         count = len(next(iter(loads.values())).corpus.queries)
-        for cell in cells.values():
-            await cell.ask(0)
+        for found in cells.values():
+            await found.ask(0)
         # One variant after the other within a round: each finds its own pages in memory, not the other's.
         ordered = sorted(cells, key=lambda cell: cell.variant, reverse=True)
         with terminal.progress("turns") as progress:

@@ -22,15 +22,19 @@ from app import terminal
 RESULTS = Path("docs/benchmarks")
 """Where figures and plots go, from the checkout."""
 
+WIDTH = 150
+"""Least characters in a line of a table: where the output is no terminal there would be 80."""
+
 Query = TypeVar("Query")
 
 
 class Sample(NamedTuple):
-    """One turn of one variant; in seconds, `elapsed` and the client's `cpu` in all."""
+    """One turn of one variant; in seconds, `elapsed`, the client's `cpu` and that of its `server` in all."""
 
     latencies: list[float]
     elapsed: float
     cpu: float | None = None
+    server: float | None = None
 
 
 async def measured(
@@ -60,14 +64,18 @@ def quantile(latencies: Sequence[float], share: float) -> float:
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Median, p95 and throughput over all turns, and the client's CPU per request where it is known."""
+    """Median, p95 and throughput over all turns; the CPU per request of client and server where it is known."""
     latencies = [latency for sample in samples for latency in sample.latencies]
-    spent = [sample.cpu for sample in samples if sample.cpu is not None]
+
+    def each(spent: Sequence[float | None]) -> float | None:
+        return None if None in spent else 1e3 * sum(filter(None, spent)) / len(latencies)
+
     return {
         "median_ms": 1e3 * statistics.median(latencies),
         "p95_ms": quantile(latencies, 0.95),
         "requests_per_s": len(latencies) / sum(sample.elapsed for sample in samples),
-        "client_cpu_ms": 1e3 * sum(spent) / len(latencies) if len(spent) == len(samples) else None,
+        "client_cpu_ms": each([sample.cpu for sample in samples]),
+        "server_cpu_ms": each([sample.server for sample in samples]),
         "requests": len(latencies),
     }
 
@@ -99,7 +107,9 @@ def arguments(parser: ArgumentParser, rows: int = 200_000) -> Namespace:
         "--data-dir", type=Path, default=Path(".bench"), help="what is loaded stays here for the next command (.bench)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the JSON and the plot ({RESULTS})")
-    return parser.parse_args()
+    options = parser.parse_args()
+    terminal.out.width = max(terminal.out.width, WIDTH)
+    return options
 
 
 def say(where: Mapping[str, Any]) -> None:
@@ -119,7 +129,10 @@ def save(folder: Path, name: str, record: Mapping[str, Any], draw: Callable[[Any
         return
     importlib.import_module("matplotlib").use("svg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    pyplot.rcParams |= {"svg.hashsalt": name, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    pyplot.rc("svg", hashsalt=name)
+    pyplot.rc("font", size=9)
+    pyplot.rc("axes", grid=True)
+    pyplot.rc("grid", alpha=0.3)
     draw(pyplot, record)
     pyplot.tight_layout()
     for ending in ("svg", "png"):

@@ -181,7 +181,7 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--mode",
         action="append",
         choices=["vector", "text", "hybrid"],
-        help="only this way to search; may be repeated (all three)",
+        help="how to search; may be repeated, for several side by side (vector)",
     )
     judged.add_argument("--per-query", action="store_true", help="every query's figures too, the worst first")
     judged.add_argument(

@@ -115,7 +115,8 @@ def latency(milliseconds: Sequence[float]) -> dict[str, float]:
 def scans(done: Sequence[Scan]) -> dict[str, int]:
     """How many searches were exact from the start, answered by the index, walked it and were completed exactly, or by words."""
     kinds = Counter("completed" if scan.completed else scan.strategy for scan in done)
-    return {kind: kinds[kind] for kind in ("exact", "index", "completed", "text")}
+    ways = ("exact", "index", "completed", *(("text",) if kinds["text"] else ()))
+    return {kind: kinds[kind] for kind in ways}
 
 
 def hits(one: Judged) -> Hits:

@@ -69,7 +69,9 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
     saved = _saved(arguments.compare, collection, k) if arguments.compare else {}
     with schema.provided(config) as ready:
         measured = asyncio.run(
-            _measured(ready, collection, k, arguments.mode or evaluation.MODES, in_full=arguments.report is not None)
+            _measured(
+                ready, collection, k, arguments.mode or evaluation.MODES[:1], in_full=arguments.report is not None
+            )
         )
     rows = {mode: [comparison.row(one, k) for one in each.judged] for mode, each in measured.modes.items()}
     compared = _compared(rows, saved)

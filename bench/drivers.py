@@ -41,8 +41,8 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app import embedded, local, roles, schema, search, terminal
+from app.conditions import Conditions
 from app.database import Database, Rendered, rendered
-from app.search import Conditions
 from app.settings import LOCAL_DIMENSIONS, Settings
 from bench import postgres, timing, transactions
 from bench.timing import Sample

@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 
 from app import embedded, local, schema, terminal
 from app.api import search as api
-from app.search import Conditions
+from app.conditions import Conditions
 from app.settings import LOCAL_DIMENSIONS, Settings
 from bench import data
 from bench.data import Corpus, Layout, Narrowing, chunk_key

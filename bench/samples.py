@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from app import ann, commands, judgements, schema, search, settings
+from app import ann, commands, judgements, questions, schema, settings
 
 QUERIES = 200
 EF_SEARCH = (10, 20, 40, 100)
@@ -23,7 +23,7 @@ async def main(config: settings.Settings, folder: Path) -> None:
     collection = judgements.read(folder)
     tenant = collection.questions[0].tenant_id
     async with commands.opened(config) as (database, embedder):
-        asked = [await search.question_vector(embedder, one.text) for one in collection.questions[:QUERIES]]
+        asked = [await questions.vector(embedder, one.text) for one in collection.questions[:QUERIES]]
         drawn = ann.SAMPLE.with_values("sampled vectors", {"tenant_id": tenant, "sample": QUERIES})
         (rows,) = await database.fetch(tenant, [drawn])
         stored = np.array([row["embedding"].to_numpy() for row in rows], np.float64)

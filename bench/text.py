@@ -5,7 +5,7 @@
 
 The texts are those under --folder (HTML, text, POD, gzipped or not; unpacked documentation packages, for example) in
 passages of about 80 words, or without it sentences of Python's own documentation, shuffled. Embeddings are one number:
-nothing here looks at them. Times are of `text.search`, one client, statement and round trip.
+nothing here looks at them. Times are of `search.search`, one client, statement and round trip.
 """
 
 import argparse
@@ -30,12 +30,14 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from app import chunking, embedded, evaluation, local, schema, terminal, text
+from app import chunking, embedded, evaluation, local, schema, search, terminal, text
 from app.database import Database
 from app.embedding import LocalEmbedder
+from app.search import Options
 from app.settings import Settings
 
 TENANT = "acme"
+BY_WORDS = Options(mode="text")
 TOP_K = 10
 SHORT, LONG = 200, 40
 """Questions of each kind."""
@@ -140,7 +142,7 @@ async def asked(database: Database, settings: Settings, several: Sequence[str]) 
     for question in several:
         for _ in range(2):
             begun = time.perf_counter()
-            await text.search(database, settings, TENANT, question, top_k=TOP_K)
+            await search.search(database, settings, TENANT, None, question=question, top_k=TOP_K, options=BY_WORDS)
             took = 1e3 * (time.perf_counter() - begun)
         times.append(took)
     return sorted(times)
@@ -260,7 +262,10 @@ def quality(admin: str | None, folders: Sequence[Path]) -> list[tuple[str, str]]
                 database = Database(settings, settings.database_url or "")
                 gains = []
                 for question in questions:
-                    hits = await text.search(database, settings, tenant, text.plain(question.text), top_k=100)
+                    asked = text.plain(question.text)
+                    hits, *_ = await search.search(
+                        database, settings, tenant, None, question=asked, top_k=100, options=BY_WORDS
+                    )
                     best = list(dict.fromkeys(hit.id for hit in hits))
                     gains.append(evaluation.ndcg(best, question.grades, 10))
                 await database.close()

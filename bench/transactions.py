@@ -17,8 +17,8 @@ from pgvector import Vector
 from psycopg import sql
 
 from app import roles, search
+from app.conditions import Conditions
 from app.database import Database, Statement
-from app.search import Conditions
 from app.settings import Settings
 from bench.data import Vectors
 from bench.postgres import TOP_K

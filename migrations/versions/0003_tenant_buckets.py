@@ -21,7 +21,7 @@ depends_on = None
 BUCKETS = 16
 
 TABLE = """
-create table vector_indexes (
+create table if not exists vector_indexes (
     kind text not null,
     state text not null,
     oversampling double precision not null,
@@ -31,7 +31,7 @@ create table vector_indexes (
     constraint vector_indexes_state_check check (state in ('active', 'building', 'retired')),
     constraint vector_indexes_oversampling_check check (oversampling between 1 and 100)
 );
-create unique index vector_indexes_active_idx on vector_indexes (state) where state = 'active';
+create unique index if not exists vector_indexes_active_idx on vector_indexes (state) where state = 'active';
 grant select on vector_indexes to pgrecall_app, pgrecall_worker, pgrecall_analyst, pgrecall_backup;
 """
 
@@ -117,7 +117,9 @@ def upgrade() -> None:
             _run(statement)
     for thing, comment in COMMENTS.items():
         _comment(thing, comment)
-    _run(f"insert into vector_indexes (kind, state, oversampling) values ('{kind}', 'active', 4)")
+    _run(
+        f"insert into vector_indexes (kind, state, oversampling) values ('{kind}', 'active', 4) on conflict do nothing"
+    )
 
 
 def downgrade() -> None:

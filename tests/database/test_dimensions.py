@@ -6,6 +6,7 @@ import pytest
 from psycopg import sql
 
 from app import questions, search
+from app.conditions import Conditions
 from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
@@ -38,9 +39,7 @@ async def test_put_and_search_at_this_length(cluster, openai, dimensions):
         assert found.hits[0].id == "d007"
         assert found.hits[0].similarity == pytest.approx(similarity[7], abs=1e-5)
         assert len({hit.id for hit in found.hits} & set(expected)) >= 9
-        exact = await search.search(
-            database, settings, "acme", query, conditions=search.Conditions(doc_types=("none",))
-        )
+        exact = await search.search(database, settings, "acme", query, conditions=Conditions(doc_types=("none",)))
         assert (exact.hits, exact.scan.strategy) == ([], "exact")
         words = await search.search(
             database, settings, "acme", await questions.vector(embedder, "what do otters eat"), top_k=1

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from litestar.testing import AsyncTestClient
 
-from app import embedded, local, replica, schema, search
+from app import embedded, local, questions, replica, schema, search
 from app.asgi import create_app
 from app.database import Database, Statement
 from app.drafts import Draft
@@ -134,7 +134,7 @@ async def test_searches_read_from_the_replica_while_it_keeps_up(settings, databa
     assert (await schema.check(database, embedder)).replica == Standing("serving", 0.0)
     await put(database, embedder, settings, "acme", [Draft("otter", "Otters eat fish.")])
     assert await on_replica(database)
-    question = await search.question_vector(embedder, "Otters eat fish.")
+    question = await questions.vector(embedder, "Otters eat fish.")
 
     async def seen():
         return [hit.id for hit in (await search.search(database, settings, "acme", question)).hits] == ["otter"]

@@ -5,10 +5,10 @@ import json
 import psycopg
 import pytest
 
-from app import roles, text
+from app import fusion, roles, scans, text
+from app.conditions import Conditions, where_values
 from app.database import rendered
 from app.local import OWNER, SERVICE
-from app.search import Conditions
 from tests.conftest import cloned, settings_for
 
 ROWS = 6_000
@@ -17,7 +17,10 @@ ROWS = 6_000
 @pytest.fixture(scope="module")
 def corpus(cluster, template):
     with cloned(cluster, template) as name, psycopg.connect(cluster.url(name, OWNER), autocommit=True) as owner:
-        owner.execute("drop index documents_embedding_idx")
+        for (index,) in owner.execute(
+            "select indexname from pg_indexes where tablename = 'documents' and indexdef like '%hnsw%'"
+        ).fetchall():
+            owner.execute(f"drop index {index}")
         for tenant in ("acme", "umbra"):
             owner.execute(
                 "insert into sources (tenant_id, id, content) select %s, 'd' || n, '' from generate_series(1, %s) n",
@@ -37,10 +40,12 @@ def corpus(cluster, template):
 def plan(cluster, corpus, conditions, question="planner vacuum"):
     """The plan of a search as the service runs it: its role, its tenant, its settings."""
     settings = settings_for(cluster.url(corpus, SERVICE), "http://127.0.0.1:9/v1", exact_rows=1_000)
-    sql, constants = rendered(text.build(conditions))
-    values = constants | text.values(settings, "acme", question, 10, conditions)
+    sql, constants = rendered(fusion.build(conditions, fusion.Mixed(scans.Wanted(0), None, similarity=False)))
+    values = (
+        constants | text.values(settings, question, 10, conditions) | where_values("acme", conditions) | {"top_k": 10}
+    )
     with psycopg.connect(settings.database_url) as connection:
-        for name, value in ({"role": roles.APP, "pgrecall.tenant_id": "acme"} | text.CONFIG).items():
+        for name, value in ({"role": roles.APP, "pgrecall.tenant_id": "acme"} | scans.EXACT | text.CONFIG).items():
             connection.execute("select set_config(%s, %s, true)", (name, value))
         (found,) = connection.execute("explain (analyze, format json) " + sql, values).fetchone()
         return list(nodes((found if isinstance(found, list) else json.loads(found))[0]["Plan"]))

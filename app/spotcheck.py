@@ -41,8 +41,7 @@ def check(arguments: Namespace, config: Settings) -> dict[str, float]:
         _show(document, arguments.k)
         if not document["scans"]["index"] + document["scans"]["completed"]:
             terminal.say(
-                "every search was exact, so nothing can be lost: the tenant has too few chunks for the index to pay (PGRECALL_EXACT_ROWS) "
-                "are measured one by one"
+                "every search was exact, so nothing can be lost: there are too few chunks for the index to pay (PGRECALL_EXACT_ROWS)"
             )
     metrics: dict[str, float] = document["metrics"]
     return metrics

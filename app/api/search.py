@@ -245,7 +245,13 @@ async def search_chunks(
     status_code=200,
     operation_class=operations.Described,
     responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
-    | {200: ResponseSpec(BatchResponse, description="An answer for each search, in their order")},
+    | {
+        200: ResponseSpec(
+            BatchResponse,
+            description="An answer for each search, in their order",
+            examples=[Example("two answers", value=BatchResponse([FOUND, FOUND]))],
+        )
+    },
 )
 async def search_several(
     service: NamedDependency[Service],

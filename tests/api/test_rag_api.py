@@ -530,7 +530,7 @@ async def test_a_request_that_is_refused_is_no_stream(served):
     async with served.client() as client:
         assert_problem(await post(client, stream=True, top_k=0), 400, field="top_k")
         served.openai.fail(status=401, path=EMBEDDINGS)
-        assert "secret" not in assert_problem(await post(client, stream=True), 502)["detail"]
+        assert "secret" not in assert_problem(await post(client, stream=True, question="Refused?"), 502)["detail"]
         streamed(await post(client, stream=True))
 
 

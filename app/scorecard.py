@@ -144,7 +144,7 @@ async def _measured(
             if in_full and mode == "vector":
                 tried = statistics.sample(collection.questions, TRIED)
                 with terminal.progress("queries") as bar:
-                    task = bar.add_task("search under other settings", total=len(tried))
+                    task = bar.add_task("search with other settings", total=len(tried))
                     alternatives = await evaluation.alternatives(
                         database, embedder, config, tried, k, partial(bar.advance, task)
                     )

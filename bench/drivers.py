@@ -40,7 +40,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app import embedded, local, roles, schema, search, terminal
+from app import embedded, local, roles, scans, schema, search, terminal
 from app.conditions import Conditions
 from app.database import Database, Rendered, rendered
 from app.settings import LOCAL_DIMENSIONS, Settings
@@ -60,6 +60,7 @@ WARM_UP = 8
 
 PGBENCH = "pgbench, pipeline"
 YARDSTICK = "search.search"
+BOUND, CANDIDATES = 5_000, 4 * TOP_K
 """The variant that the ratios are against."""
 
 Kind = Literal["few", "nearest"]
@@ -81,23 +82,27 @@ class Corpus(NamedTuple):
         """What `Database.fetch` and the search set for a transaction."""
         limit = str(int(self.settings.statement_timeout * 1000))
         identity = {"role": roles.APP, "pgrecall.tenant_id": tenant, "statement_timeout": limit}
-        return identity | (search.index_config(self.settings, TOP_K) if kind == "nearest" else search.EXACT)
+        return identity | (
+            scans.index_config(self.settings.ef_search, CANDIDATES) if kind == "nearest" else scans.EXACT
+        )
 
     def values(self, tenant: str, kind: Kind, embedding: object) -> dict[str, Any]:
         """What a statement is run with."""
         values: dict[str, Any] = {"tenant_id": tenant, "top_k": TOP_K, "embedding": embedding}
-        return values | ({"bound": self.settings.exact_rows + 1} if kind == "few" else {})
+        return values | (
+            {"bound": BOUND + 1} if kind == "few" else {"candidates": CANDIDATES} if kind == "nearest" else {}
+        )
 
     async def ids(self, run: Callable[[Kind, str, Embedding], Awaitable[Rows]], tenant: str, query: Embedding) -> Any:
         """The decision of `search.search`, over any driver."""
         rows = await run("few", tenant, query)
-        if rows[0]["candidates"] > self.settings.exact_rows:
+        if rows[0]["candidates"] > BOUND:
             rows = await run("nearest", tenant, query)
         return [row["id"] for row in rows]
 
 
 def statement(kind: Kind) -> Select[Any]:
-    return search.build(kind, Conditions(), thresholded=False, dimensions=LOCAL_DIMENSIONS)
+    return scans.build(kind, Conditions(), scans.Wanted(LOCAL_DIMENSIONS))
 
 
 @cache
@@ -249,7 +254,7 @@ async def warmed(opened: Mapping[str, Sequence[Ask]], queries: Sequence[Embeddin
 
 def as_search(corpus: Corpus, tenant: str, query: Embedding) -> Search:
     """The transactions of one search of this tenant."""
-    kinds = KINDS if TENANTS[tenant] > corpus.settings.exact_rows else KINDS[:1]
+    kinds = KINDS if TENANTS[tenant] > BOUND else KINDS[:1]
     return [
         transactions.Transaction(
             corpus.config(tenant, kind),

@@ -39,7 +39,7 @@ async def test_on_an_old_schema_the_service_lives_but_is_not_ready_until_it_is_m
         assert (await client.get("/health/live")).status_code == 200
         assert "pgrecall migrate" in assert_problem(await client.get("/health/ready"), 503)["detail"]
         assert_problem(await client.post("/search", json={"tenant_id": "acme", "query": "x"}), 503)
-        owner.execute("update pgrecall_revision set version_num = '0002'")
+        owner.execute("update pgrecall_revision set version_num = %s", (schema.REQUIRED,))
         assert (await client.get("/health/ready")).status_code == 200
         assert (await client.post("/search", json={"tenant_id": "acme", "query": "x"})).status_code == 200
 

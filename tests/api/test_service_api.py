@@ -22,6 +22,7 @@ async def test_ready_names_revision_and_model_and_asks_no_model(client, openai):
         "revision": "0001",
         "embedding_model": "text-embedding-3-small",
         "embedding_dimensions": 64,
+        "replica": None,
         "status": "ready",
     }
     assert openai.calls == []

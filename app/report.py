@@ -104,7 +104,7 @@ def _metrics(modes: Mapping[str, Sequence[Judged]], k: int) -> str:
             cells.append(
                 (plots.span(interval.low, means[alone][name], interval.high, (0, 1)) if interval else "", "bar")
             )
-        rows.append([(name, "th"), *cells])
+        rows.append([(name.replace("_", "_<wbr>"), "th"), *cells])
     for name in ("p50", "p95"):
         cells = [(_stacked(f"{waits[mode][name]:.1f} ms", "", ""), "figure") for mode in modes]
         rows.append([(f"latency {name}", "th"), *cells, *([("", "bar")] if alone is not None else [])])
@@ -128,7 +128,7 @@ def _compared(title: str, other: str, comparison: Comparison, k: int) -> str:
         kind = "good" if low > 0 else "bad" if high < 0 else ""
         rows.append(
             [
-                (name, "th"),
+                (name.replace("_", "_<wbr>"), "th"),
                 (f"{each.other:.3f}", "figure"),
                 (f"{each.this:.3f}", "figure"),
                 (_stacked(f"{each.difference:+.4f}", kind, _signed(each.interval)), "figure wraps"),

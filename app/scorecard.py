@@ -137,7 +137,7 @@ async def _measured(config: Settings, collection: Collection, k: int, *, in_full
             if in_full:
                 tried = statistics.sample(collection.questions, TRIED)
                 with terminal.progress("queries") as bar:
-                    task = bar.add_task("search under other settings", total=len(tried))
+                    task = bar.add_task("search with other settings", total=len(tried))
                     alternatives = await evaluation.alternatives(
                         database, embedder, config, tried, k, partial(bar.advance, task)
                     )

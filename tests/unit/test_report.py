@@ -14,7 +14,7 @@ from app.judgements import Question
 from app.report import Evaluation, Results
 
 HOSTILE = "</style></svg><script src=http://evil.example/x.js>alert(1)</script>\"'><img src=x onerror=alert(1)>\x00\x1b[31m\u202e&amp;"
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "wbr"}
 
 
 class Page(HTMLParser):

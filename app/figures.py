@@ -1,5 +1,6 @@
 """The page's plots, each with its figures as a table."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ def threshold_figure(judged: Sequence[Judged]) -> str:
     chart.line(list(zip(curve.thresholds.tolist(), curve.precision.tolist(), strict=True)), "two")
     said = "No relevant document was found."
     if keeping is not None:
+        keeping = math.floor(1000 * keeping) / 1000  # as it is shown: rounded up it would keep less
         chart.rule(keeping, f"{keeping:.3f} keeps {KEPT * 100:.0f} %")
         at = statistics.threshold_curve(queries, np.array([keeping]))
         said = (

@@ -65,9 +65,7 @@ def page(shown: Evaluation) -> str:
         *(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in shown.facts.items()),
         "</dl>",
     ]
-    for mode, results in shown.modes.items():
-        heading = f"Metrics: {mode}" if len(shown.modes) > 1 else "Metrics"
-        parts += [f"<h2>{text(heading)}</h2>", _metrics(results.judged, shown.k)]
+    parts += ["<h2>Metrics</h2>", _metrics({mode: results.judged for mode, results in shown.modes.items()}, shown.k)]
     parts += [_compared(*each, shown.k) for each in shown.compared]
     for mode, results in shown.modes.items():
         suffix = f": {mode}" if len(shown.modes) > 1 else ""
@@ -89,23 +87,33 @@ def _queries(shown: Evaluation) -> int:
     return max(len(results.judged) for results in shown.modes.values())
 
 
-def _metrics(judged: Sequence[Judged], k: int) -> str:
-    means, intervals = evaluation.mean_metrics(judged, k), evaluation.mean_intervals(judged, k)
+def _metrics(modes: Mapping[str, Sequence[Judged]], k: int) -> str:
+    """A column for each mode; the intervals as bars where there is one mode only."""
+    means = {mode: evaluation.mean_metrics(judged, k) for mode, judged in modes.items()}
+    intervals = {mode: evaluation.mean_intervals(judged, k) for mode, judged in modes.items()}
+    waits = {mode: evaluation.latency([one.milliseconds for one in judged]) for mode, judged in modes.items()}
+    alone = next(iter(modes)) if len(modes) == 1 else None
     rows = []
-    for name, value in means.items():
-        interval = intervals.get(name)
-        rows.append(
-            [
-                (name, "th"),
-                (f"{value:.3f}", "figure big"),
-                (str(interval or ""), "figure"),
-                (plots.span(interval.low, value, interval.high, (0, 1)) if interval else "", "bar"),
-            ]
-        )
-    for name, milliseconds in evaluation.latency([one.milliseconds for one in judged]).items():
-        rows.append([(f"latency {name}", "th"), (f"{milliseconds:.1f} ms", "figure big"), ("", "figure"), ("", "bar")])
-    headings = [("metric", ""), ("value", "figure"), ("95 % interval", "figure"), ("from 0 to 1", "bar")]
-    return table("Means over the queries. Latency includes embedding the query.", headings, rows)
+    for name in evaluation.metric_names(k):
+        cells = [
+            (_stacked(f"{means[mode][name]:.3f}", "", str(intervals[mode].get(name, ""))), "figure wraps")
+            for mode in modes
+        ]
+        if alone is not None:
+            interval = intervals[alone].get(name)
+            cells.append(
+                (plots.span(interval.low, means[alone][name], interval.high, (0, 1)) if interval else "", "bar")
+            )
+        rows.append([(name.replace("_", "_<wbr>"), "th"), *cells])
+    for name in ("p50", "p95"):
+        cells = [(_stacked(f"{waits[mode][name]:.1f} ms", "", ""), "figure") for mode in modes]
+        rows.append([(f"latency {name}", "th"), *cells, *([("", "bar")] if alone is not None else [])])
+    headings = [(mode, "figure") for mode in modes] if alone is None else [("value", "figure"), ("from 0 to 1", "bar")]
+    return table(
+        "Means over the queries, each with its 95 % interval. Latency includes embedding the query.",
+        [("metric", ""), *headings],
+        rows,
+    )
 
 
 def _compared(title: str, other: str, comparison: Comparison, k: int) -> str:
@@ -120,7 +128,7 @@ def _compared(title: str, other: str, comparison: Comparison, k: int) -> str:
         kind = "good" if low > 0 else "bad" if high < 0 else ""
         rows.append(
             [
-                (name, "th"),
+                (name.replace("_", "_<wbr>"), "th"),
                 (f"{each.other:.3f}", "figure"),
                 (f"{each.this:.3f}", "figure"),
                 (_stacked(f"{each.difference:+.4f}", kind, _signed(each.interval)), "figure wraps"),
@@ -147,7 +155,8 @@ def _compared(title: str, other: str, comparison: Comparison, k: int) -> str:
 
 
 def _stacked(value: str, kind: str, below: str) -> str:
-    return f'<span class="big {kind}">{value}</span><br><span class="soft">{below}</span>'
+    rest = f'<br><span class="soft">{below}</span>' if below else ""
+    return f'<span class="big {kind}">{value}</span>{rest}'
 
 
 def _changes(title: str, changes: Sequence[Change], k: int) -> str:

@@ -82,17 +82,17 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
         mode: documents[mode] | {"setup": comparison.setup(config, mode), "per_query": [row.as_json() for row in each]}
         for mode, each in rows.items()
     }
-    if arguments.save:
-        _write(arguments.save, msgspec.json.encode(_keyed(full)) + b"\n")
-    if arguments.report:
-        shown = _shown(arguments, config, collection, measured, compared)
-        _write(arguments.report, report.page(shown).encode())
     if arguments.json:
         terminal.json(_keyed(full if arguments.per_query else documents))
     else:
         for mode, document in documents.items():
             name = arguments.path.resolve().name + (f", {mode}" if len(documents) > 1 else "")
             _show(document, rows[mode] if arguments.per_query else [], name, k)
+    if arguments.save:
+        _write(arguments.save, msgspec.json.encode(_keyed(full)) + b"\n")
+    if arguments.report:
+        shown = _shown(arguments, config, collection, measured, rows, compared)
+        _write(arguments.report, report.page(shown).encode())
     status = 0
     for document in documents.values():
         status = max(status, _against_floors(document["metrics"], arguments.fail_under))
@@ -239,6 +239,7 @@ def _shown(
     config: Settings,
     collection: Collection,
     measured: Measured,
+    rows: Mapping[str, list[Row]],
     compared: Mapping[str, tuple[str, Saved, Comparison]],
 ) -> Evaluation:
     tenants = sorted({question.tenant_id for question in collection.questions})
@@ -262,6 +263,15 @@ def _shown(
             c,
         )
         for mode, (_, theirs, c) in compared.items()
+    ]
+    first, *others = rows
+    headings += [
+        (
+            f"{mode} against {first}",
+            f"Of this run: other is {first}, this is {mode}.",
+            comparison.compare(rows[mode], rows[first]),
+        )
+        for mode in others
     ]
     return Evaluation(arguments.path.resolve().name, arguments.k, facts, measured.modes, headings)
 

@@ -14,7 +14,7 @@ from app.judgements import Question
 from app.report import Evaluation, Results
 
 HOSTILE = "</style></svg><script src=http://evil.example/x.js>alert(1)</script>\"'><img src=x onerror=alert(1)>\x00\x1b[31m\u202e&amp;"
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -125,7 +125,7 @@ def test_modes_and_runs_stand_side_by_side():
     shown = Page(
         page(modes={"vector": Results(GOOD), "text": Results(WORSE)}, compared=[("Compared with old.json", "", found)])
     )
-    for text in ("Metrics: vector", "Metrics: text", "Worst queries: text", "Compared with old.json", "+0.5000"):
+    for text in ("vector", "Similarity and speed: vector", "Worst queries: text", "Compared with old.json", "+0.5000"):
         assert text in shown.text
     assert "a: not found → 2" in shown.text
 

@@ -385,7 +385,10 @@ def test_the_apps_role_sees_nothing_without_a_tenant(settings, owner):
     owner.execute("insert into sources (tenant_id, id, content) values ('acme', 'a', 'x')")
     with psycopg.connect(settings.database_url) as connection:
         connection.execute("select set_config('role', %s, true)", (roles.APP,))
-        for table in ("sources", "documents", "tenant_sources", "tenant_documents", "embedding_cache"):
+        for table in (
+            *("sources", "documents", "embedding_cache", "document_terms", "term_statistics", "collection_statistics"),
+            *("tenant_sources", "tenant_documents", "tenant_document_terms", "tenant_term_statistics"),
+        ):
             assert connection.execute(f"select count(*) from {table}").fetchone() == (0,)
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("insert into sources (tenant_id, id, content) values ('acme', 'b', 'x')")

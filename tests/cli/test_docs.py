@@ -5,6 +5,7 @@ and durations may differ, and similarities in the third digit (processors round 
 installs, and what needs Docker; tests/unit/test_containers.py holds docs/containers.md to Dockerfile and compose.yaml.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -152,8 +153,10 @@ class Shell:
 @pytest.fixture
 def shell(root, tmp_path):
     made = Shell(root, tmp_path)
-    yield made
-    made.stop()
+    # One embedded server for the page, up for as long as it is read, rather than one for each command.
+    with contextlib.closing(embedded.start(tmp_path / ".pgrecall", durable=False)):
+        yield made
+        made.stop()
 
 
 def check(shell, text):

@@ -39,6 +39,8 @@ QUESTIONS = 16
 WORKERS = (1, 2)
 SECONDS = 0.5
 """Of one turn."""
+SCRIPTS = 4
+"""Of pgbench: each is prepared on each of its connections, which are new every turn."""
 LEAST = {"bare": 0.8, "pgbench": 0.4}
 """The ratios of requests/s that are promised."""
 PGBENCH = "pgbench"
@@ -102,7 +104,7 @@ def variants(
                 if found != ids:
                     raise SystemExit(f"{name} found {found} for {case.tenant}, {case.field} {number}, not {ids}")
             made[case][name] = partial(_http, load, serving, requests, clients)
-        made[case][PGBENCH] = _pgbench(loaded, transactions.write_scripts(searches, folder), clients, folder)
+        made[case][PGBENCH] = _pgbench(loaded, transactions.write_scripts(searches[:SCRIPTS], folder), clients, folder)
     return made
 
 
@@ -117,12 +119,12 @@ def _http(load: Load, serving: Serving, requests: Sequence[bytes], clients: int)
 
 def _pgbench(loaded: Loaded, scripts: list[str], clients: int, folder: Path) -> Turn:
     # It counts transactions, not seconds: as many as fit a turn, from what the last one took.
-    each = 20
+    each = 40
 
     def turn() -> Sample:
         nonlocal each
         sample = transactions.pgbench(loaded.service_url, scripts, clients, each, folder)
-        each = max(5, round(each * SECONDS / sample.elapsed))
+        each = max(20, round(SECONDS * len(sample.latencies) / sample.elapsed / clients))
         return sample
 
     turn()

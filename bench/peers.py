@@ -120,7 +120,7 @@ def installed(data_dir: Path) -> Path:
     if not done.exists() or done.read_text() != REQUIREMENTS.read_text():
         terminal.say(f"installing the peers into {data_dir / 'venv'} (once, a minute or two)")
         venv.create(folder, clear=True, with_pip=True)
-        pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+        pip = [str(folder / "bin/python"), "-I", "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
         subprocess.run([*pip, "-r", str(REQUIREMENTS)], check=True)
         done.write_text(REQUIREMENTS.read_text())
     return folder / "bin/python"
@@ -130,16 +130,8 @@ def installed(data_dir: Path) -> Path:
 def chroma_server(python: Path, folder: Path, log: Path) -> Iterator[str]:
     """`chroma run` on a free port; its address."""
     port = _free_port()
-    command = [
-        str(python.with_name("chroma")),
-        "run",
-        "--path",
-        str(folder.absolute()),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    where = ("--path", str(folder.absolute()), "--host", "127.0.0.1", "--port", str(port))
+    command = [str(python.with_name("chroma")), "run", *where]
     environ = os.environ | {"ANONYMIZED_TELEMETRY": "False"}
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as said, subprocess.Popen(command, stdout=said, stderr=said, env=environ) as process:
@@ -402,7 +394,7 @@ def draw(pyplot: Any, record: Mapping[str, Any]) -> None:
     rows = [row for row in record["results"] if row["clients"] == 1]
     tenants = list(dict.fromkeys(row["tenant"] for row in rows))
     marks = dict(zip(FILTERS, "osD^vPX", strict=True))
-    figure, panels = pyplot.subplots(1, len(tenants), figsize=(3.2 * len(tenants), 4.6), sharey=True, sharex=True)
+    figure, panels = pyplot.subplots(1, len(tenants), figsize=(2.8 * len(tenants), 5.2), sharey=True, sharex=True)
     for panel, tenant in zip(panels, tenants, strict=True):
         for row in rows:
             if row["tenant"] == tenant:
@@ -414,8 +406,8 @@ def draw(pyplot: Any, record: Mapping[str, Any]) -> None:
     panels[0].set_ylabel("recall@10")
     shapes = [pyplot.Line2D([], [], color="black", marker=mark, ls="", label=name) for name, mark in marks.items()]
     shapes += [pyplot.Line2D([], [], color=colour, marker="o", ls="", label=name) for name, colour in COLOURS.items()]
-    figure.legend(handles=shapes, ncols=7, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)
-    figure.set_layout_engine("tight")
+    figure.legend(handles=shapes, ncols=len(marks), loc="lower center", frameon=False)
+    figure.set_layout_engine("tight", rect=(0, 0.1, 1, 1))
 
 
 if __name__ == "__main__":

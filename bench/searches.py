@@ -260,6 +260,7 @@ def draw(pyplot: Any, record: Mapping[str, Any]) -> None:
             right.barh(places, [row["p95_ms"] for row in rows], 0.36, color=colour, label=variant)
     left.set_yticks([n + 0.18 for n in range(len(cells))], [f"{tenant} · {name}" for tenant, name in cells])
     left.invert_yaxis()
+    left.margins(y=0.01)
     left.set_xlabel("recall@10")
     right.set_xlabel("p95, ms (log)")
     right.set_xscale("log")

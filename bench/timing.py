@@ -5,7 +5,9 @@ import importlib
 import importlib.util
 import os
 import platform
+import signal
 import statistics
+import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -108,6 +110,7 @@ def arguments(parser: ArgumentParser, rows: int = 200_000) -> Namespace:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the JSON and the plot ({RESULTS})")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
     terminal.out.width = max(terminal.out.width, WIDTH)
     return options
 
@@ -134,7 +137,7 @@ def save(folder: Path, name: str, record: Mapping[str, Any], draw: Callable[[Any
     pyplot.rc("axes", grid=True)
     pyplot.rc("grid", alpha=0.3)
     draw(pyplot, record)
-    pyplot.tight_layout()
+    pyplot.gcf().set_layout_engine(pyplot.gcf().get_layout_engine() or "tight")
     for ending in ("svg", "png"):
         pyplot.savefig(folder / f"{name}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None)
     pyplot.close("all")

@@ -10,10 +10,11 @@ from msgspec.structs import replace
 from sqlalchemy import Integer, Text, bindparam, func, select
 
 from app import evaluation, search, statistics
-from app.database import Database, rendered
+from app.database import Database
 from app.errors import TimedOut
 from app.search import Found, Scan
 from app.settings import Settings
+from app.statements import rendered
 from app.tables import tenant_documents
 
 LIKENESS = 0.5

@@ -10,10 +10,11 @@ import numpy.typing as npt
 from sqlalchemy import ARRAY, Integer, LargeBinary, bindparam, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
-from app.database import Database, rendered
+from app.database import Database
 from app.embedding import MAX_INPUTS, MAX_REQUEST_TOKENS, Embedder, batches
 from app.errors import EmbeddingFailed
 from app.settings import Settings
+from app.statements import rendered
 from app.tables import embedding_cache as cached
 
 KNOWN = (

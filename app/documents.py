@@ -8,8 +8,9 @@ from sqlalchemy import ARRAY, Integer, Select, Text, bindparam, delete, func, se
 
 from app import terms
 from app.conditions import Conditions, where, where_values
-from app.database import Database, rendered
+from app.database import Database
 from app.errors import BadInput, NotFound, VersionConflict
+from app.statements import rendered
 from app.tables import sources, tenant_sources
 from app.tags import tag
 

@@ -17,13 +17,14 @@ from sqlalchemy import ARRAY, Text, bindparam, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from app import search, statistics, text
-from app.database import Database, rendered
+from app.database import Database
 from app.embedding import Embedder
 from app.errors import TimedOut
 from app.judgements import Question
 from app.questions import vector as question_vector
 from app.search import Mode, Options, Scan
 from app.settings import Settings
+from app.statements import rendered
 from app.statistics import Hits, Interval
 from app.tables import Vector, tenant_documents, tenant_sources
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from app.database import Database, Statement
+from app.database import Database
 from app.search import Found, Step
+from app.statements import Statement
 
 PURPOSE = {
     "few": "counts the rows that pass, up to the size from which the index pays, and measures them if there are no more",

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from app.database import Database, Rendered
+from app.database import Database
+from app.statements import Rendered
 from app.tables import Kind
 
 FRESH = 60.0

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 from sqlalchemy import select
 
-from app.database import Database, rendered
+from app.database import Database
 from app.embedding import Embedder
 from app.errors import ModelMismatch
 from app.settings import LOCAL_MODEL
+from app.statements import rendered
 from app.tables import embedding_models
 
 ACTIVE = rendered(

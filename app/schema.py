@@ -14,12 +14,13 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, text
 
 from app import local, model, roles
-from app.database import Database, Statement, connect, translated
+from app.database import Database, connect, translated
 from app.embedding import Embedder
 from app.errors import SchemaTooOld, SetupError, Unsafe
 from app.model import Model
 from app.replica import Standing
 from app.settings import Settings
+from app.statements import Statement
 from app.tables import Kind
 
 VERSION_TABLE = "pgrecall_revision"

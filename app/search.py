@@ -19,11 +19,12 @@ from sqlalchemy import Select
 
 from app import diversity, fusion, layout, scans, text
 from app.conditions import Conditions, where_values
-from app.database import Database, Rendered, Statement, rendered
+from app.database import Database
 from app.errors import TimedOut
 from app.fusion import Method, Mixed
 from app.scans import Strategy, Wanted
 from app.settings import Settings
+from app.statements import Rendered, Statement, rendered
 from app.tables import Kind
 
 Mode = Literal["vector", "text", "hybrid"]

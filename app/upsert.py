@@ -20,11 +20,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import cache, chunking, terms
 from app.chunking import Chunk
-from app.database import Database, rendered
+from app.database import Database
 from app.drafts import Draft, check
 from app.embedding import Embedder
 from app.errors import BadInput, EmbeddingFailed, TooLarge, Unavailable, VersionConflict
 from app.settings import Settings
+from app.statements import rendered
 from app.tables import documents, sources, tenant_documents, tenant_sources
 from app.tags import tag
 

@@ -42,8 +42,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from app import embedded, local, roles, scans, schema, search, terminal
 from app.conditions import Conditions
-from app.database import Database, Rendered, rendered
+from app.database import Database
 from app.settings import LOCAL_DIMENSIONS, Settings
+from app.statements import Rendered, rendered
 from bench import postgres, timing, transactions
 from bench.timing import Sample
 from bench.transactions import Search

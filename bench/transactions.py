@@ -18,8 +18,9 @@ from psycopg import sql
 
 from app import roles, search
 from app.conditions import Conditions
-from app.database import Database, Statement
+from app.database import Database
 from app.settings import Settings
+from app.statements import Statement
 from bench.data import Vectors
 from bench.postgres import TOP_K
 from bench.timing import Sample

@@ -5,7 +5,7 @@ import time
 from alembic import context
 from sqlalchemy import Connection, text
 
-from app import database, schema, settings, tables
+from app import database, pool, schema, settings, tables
 
 LOCK_TIMEOUT = "4s"  # a migration that cannot have its lock gives up rather than queue live traffic behind it
 STATEMENT_TIMEOUT = "60s"  # concurrent index builds set their own
@@ -14,7 +14,7 @@ WAIT_FOR_MIGRATOR = 900  # seconds
 PREPARE = (
     f"set lock_timeout = '{LOCK_TIMEOUT}'",
     f"set statement_timeout = '{STATEMENT_TIMEOUT}'",
-    f"select set_config('search_path', search_path, false) from ({database.PGVECTOR}) as pgvector where search_path <> '' limit 1",
+    f"select set_config('search_path', search_path, false) from ({pool.PGVECTOR}) as pgvector where search_path <> '' limit 1",
 )
 """What every migration's session begins with; the last finds pgvector where it is in a schema of its own."""
 

@@ -1,5 +1,7 @@
 """POST /search: filters, thresholds, limits and honest answers."""
 
+from contextlib import AsyncExitStack
+
 import psycopg
 import pytest
 
@@ -163,17 +165,15 @@ async def test_an_unknown_operator_lists_the_known_ones(client):
     assert "$exists" in assert_problem(response, 400)["detail"]
 
 
+@pytest.mark.parametrize("settings", [{"pool_timeout": 0.2}], indirect=True, ids=[""])
 async def test_an_exhausted_pool_is_a_503_with_retry_after(client, app, settings):
     database = app.state.service.database
-    held = [await database._primary.engine.connect() for _ in range(settings.pool_size)]
-    database._primary.engine.sync_engine.pool._timeout = 0.2
-    try:
+    async with AsyncExitStack() as held:
+        for _ in range(settings.pool_size):
+            await held.enter_async_context(database.write("acme"))
         response = await client.post("/search", json={"tenant_id": "acme", "embedding": [1.0] * 64})
         assert_problem(response, 503)
         assert int(response.headers["retry-after"]) >= 1
-    finally:
-        for connection in held:
-            await connection.close()
 
 
 async def test_a_search_after_the_server_cut_every_connection_works(client, corpus, cluster, database_name):

@@ -9,8 +9,10 @@ import pytest
 from msgspec.structs import replace
 from sqlalchemy import text
 
-from app.database import Database, Statement, _pipelined
+from app import roundtrip
+from app.database import Database
 from app.errors import TimedOut
+from app.statements import Statement
 
 WHO = Statement(
     "who",
@@ -34,9 +36,9 @@ async def test_a_fetch_is_one_transaction_and_leaves_nothing_behind(single):
     (one,), (two,) = await single.fetch("acme", [WHO, WHO])
     assert (one["role"], one["tenant"], one["timeout"]) == ("pgrecall_app", "acme", "10s")
     assert one["transaction"] == two["transaction"]
-    assert single._primary.search_path == {}  # only where the session's own does not find pgvector
-    async with single._primary.engine.connect() as pooled:
-        raw = (await pooled.get_raw_connection()).driver_connection
+    async with single._primary.lend() as lent:
+        assert lent.search_path == {}  # only where the session's own does not find pgvector
+        raw = lent.driver
         left = await (await raw.execute(WHO.sql)).fetchone()
         assert left[:3] == ("pgrecall_service", "", "0")
         assert raw.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
@@ -44,8 +46,8 @@ async def test_a_fetch_is_one_transaction_and_leaves_nothing_behind(single):
 
 async def test_a_fetch_is_one_round_trip(single):
     await single.fetch("acme", [WHO])
-    async with single._primary.engine.connect() as pooled:
-        raw = (await pooled.get_raw_connection()).driver_connection
+    async with single._primary.lend() as lent:
+        raw = lent.driver
         waits = []
         original = raw.wait
 
@@ -54,10 +56,9 @@ async def test_a_fetch_is_one_round_trip(single):
             return await original(gen, *rest, **options)
 
         raw.wait = counted
-        await _pipelined(raw, {"role": "pgrecall_app"}, [WHO, WHO])
+        await roundtrip.run(raw, lent.prepared, {"role": "pgrecall_app"}, [WHO, WHO])
         del raw.wait
-    # Queued without waiting, then one wait for everything; psycopg's own BEGIN and COMMIT would be two more.
-    assert waits == ["_enter_gen", *["_execute_gen"] * 3, "_exit_gen"]
+    assert waits == ["_answers"]
 
 
 async def test_an_error_in_a_fetch_does_not_spoil_the_connection(single):

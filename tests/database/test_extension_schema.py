@@ -12,11 +12,12 @@ from psycopg import sql
 
 from app import documents, questions, roles, schema, search, tables
 from app.__main__ import main
-from app.database import Database, Statement
+from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
 from app.errors import SetupError
 from app.local import OWNER, SERVICE
+from app.statements import Statement
 from app.upsert import put
 from tests.conftest import DIMENSIONS, settings_for
 
@@ -70,9 +71,8 @@ async def test_put_search_delete_and_the_cache_work_and_nothing_stays_on_the_ses
         assert [hit.id for hit in (await search.search(database, settings, "umbra", question)).hits] == ["b"]
         path = Statement("search path", "select current_setting('search_path') as path", {})
         assert (await database.fetch("umbra", [path]))[0][0]["path"] == f'"$user", public, "{SCHEMA}"'
-        async with database._primary.engine.connect() as pooled:
-            raw = (await pooled.get_raw_connection()).driver_connection
-            assert (await (await raw.execute("show search_path")).fetchone()) == ('"$user", public',)
+        async with database._primary.lend() as lent:
+            assert (await (await lent.driver.execute("show search_path")).fetchone()) == ('"$user", public',)
     finally:
         await database.close()
         await embedder.aclose()

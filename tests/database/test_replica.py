@@ -16,11 +16,12 @@ from litestar.testing import AsyncTestClient
 
 from app import embedded, local, questions, replica, schema, search
 from app.asgi import create_app
-from app.database import Database, Statement
+from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
 from app.errors import ModelMismatch, SetupError
 from app.replica import Standing
+from app.statements import Statement
 from app.upsert import put
 from tests.conftest import Cluster, settings_for
 

@@ -13,8 +13,9 @@ from psycopg.pq import Format
 
 from app import filters, roles, scans, search
 from app.conditions import Conditions
-from app.database import Database, rendered
+from app.database import Database
 from app.local import OWNER, SERVICE
+from app.statements import rendered
 from tests.conftest import DIMENSIONS, NEEDS_CONTRIB, Cluster, cloned, settings_for
 
 SIZES = {"small": 60, "middle": 1_500, "large": 12_000}
@@ -289,11 +290,10 @@ async def test_a_search_is_one_statement_for_a_small_tenant_and_for_a_large_one_
 
 
 async def test_the_vector_travels_in_binary(database, settings):
-    async with database._replica.engine.connect() as pooled:
-        connection = (await pooled.get_raw_connection()).driver_connection
+    async with database._replica.lend() as lent:
+        connection = lent.driver
         dumper = connection.adapters.get_dumper(np.ndarray, PyFormat.AUTO)
         assert dumper.format == Format.BINARY
         cursor = connection.cursor()
         await cursor.execute("select %s", (vectors(1, 1)[0],))
         assert len(cursor._query.params[0]) == 4 + 4 * DIMENSIONS
-        await connection.rollback()

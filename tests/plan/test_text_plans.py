@@ -7,8 +7,8 @@ import pytest
 
 from app import fusion, roles, scans, text
 from app.conditions import Conditions, where_values
-from app.database import rendered
 from app.local import OWNER, SERVICE
+from app.statements import rendered
 from tests.conftest import cloned, settings_for
 
 ROWS = 6_000

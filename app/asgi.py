@@ -4,7 +4,7 @@ import importlib.util
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from litestar import Litestar, Request, Response, Router
 from litestar.di import Provide
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.params import QueryParameter
@@ -108,8 +109,7 @@ async def _require_ready(request: Request[Any, Any, Any]) -> Response[None] | No
 
 def _check_request(request: Request[Any, Any, Any]) -> None:
     # A misspelt filter must not widen a deletion, nor a second tenant_id overrule the one a proxy has looked at.
-    parameters = request.route_handler.parsed_fn_signature.parameters
-    known = [name for name, each in parameters.items() if isinstance(each.kwarg_definition, QueryParameter)]
+    known, has_body = _accepted(request.route_handler)
     for name in request.query_params:
         if name not in known:
             allowed = ", ".join(known) or "none"
@@ -117,8 +117,16 @@ def _check_request(request: Request[Any, Any, Any]) -> None:
         if name != "doc_type" and len(request.query_params.getall(name)) > 1:
             raise BadInput(name, "is given more than once")
     # A page of another site can send a body of any other type to a server on this machine.
-    if "data" in parameters and request.content_type[0] != "application/json":
+    if has_body and request.content_type[0] != "application/json":
         raise HTTPException("the body must be application/json, and Content-Type say so", status_code=415)
+
+
+@lru_cache(maxsize=100)
+def _accepted(handler: HTTPRouteHandler) -> tuple[list[str], bool]:
+    """The names of a route's query parameters, and whether it takes a body."""
+    parameters = handler.parsed_fn_signature.parameters
+    known = [name for name, each in parameters.items() if isinstance(each.kwarg_definition, QueryParameter)]
+    return known, "data" in parameters
 
 
 @asynccontextmanager

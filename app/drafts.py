@@ -1,5 +1,6 @@
 """A document as a caller wants it stored, and the limits it must keep (DESIGN §1)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -111,14 +112,15 @@ def check_vector(
         vector = np.asarray(embedding, dtype=np.float32)
     if vector.shape != (dimensions,):
         raise BadInput(name, f"has {vector.size} dimensions; allowed: {dimensions}, as this database's model")
-    if not np.isfinite(vector).all():
+    exact = vector.astype(np.float64)
+    length = math.sqrt(exact @ exact)
+    if SHORTEST <= length <= LONGEST:
+        return vector
+    if not np.isfinite(length):
         at = int(np.flatnonzero(~np.isfinite(vector))[0])
         raise BadInput(f"{name}[{at}]", "is not a finite single-precision number")
-    length = float(np.linalg.norm(vector.astype(np.float64)))
-    if vector.any() and not SHORTEST <= length <= LONGEST:
-        raise BadInput(
-            name, f"has length {length:.3g}; allowed: {SHORTEST:g} to {LONGEST:g}, or its cosine is lost to rounding"
-        )
     if not vector.any():
         raise BadInput(name, "is zero, which has no direction; allowed: any other vector")
-    return vector
+    raise BadInput(
+        name, f"has length {length:.3g}; allowed: {SHORTEST:g} to {LONGEST:g}, or its cosine is lost to rounding"
+    )

@@ -6,6 +6,7 @@ every search takes two. SQLAlchemy's connection around the driver's stays for wr
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import time
@@ -14,10 +15,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import psycopg
 from pgvector.psycopg import halfvec, vector
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.types import TypeInfo
+from psycopg.types.json import set_json_loads
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -107,6 +110,7 @@ class Pool:
                 application_name="pgrecall",
                 client_encoding=roundtrip.ENCODING,
             )
+            set_json_loads(_decoded, connection)
             connection.prepare_threshold = 3 if settings.prepared_statements else None
             return connection
 
@@ -211,6 +215,13 @@ class Pool:
                 finally:
                     deadline.cancel()
             last_try = True
+
+
+def _decoded(value: str | bytes) -> Any:
+    try:
+        return msgspec.json.decode(value)
+    except msgspec.ValidationError:
+        return json.loads(value)  # a fraction beyond double precision, which only SQL can have stored
 
 
 def _hang_up(connection: psycopg.AsyncConnection[Any]) -> None:

@@ -238,13 +238,22 @@ class _Walk:
         found = [row for row in rows if row["id"] is not None]
         if self.wanted.vectors:
             self.vectors = [row["embedding"].to_numpy() for row in found]
-        return [
-            Hit(
-                **{"score": row["similarity"]}
-                | {name: value for name, value in row.items() if name not in {"candidates", "embedding"}}
-            )
-            for row in found
-        ]
+        return [_hit(row) for row in found]
+
+
+def _hit(row: dict[str, Any]) -> Hit:
+    return Hit(
+        row["id"],
+        row["chunk_index"],
+        row["content"],
+        row["similarity"],
+        row["doc_type"],
+        row["metadata"],
+        row["created_at"],
+        row["start_offset"],
+        row.get("score", row["similarity"]),
+        row.get("text_score"),
+    )
 
 
 _CACHE: dict[Any, Rendered] = {}

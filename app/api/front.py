@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import re
+from functools import lru_cache
 from http import HTTPStatus
 
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
@@ -78,6 +79,7 @@ def hosts(setting: str | None, listening: str) -> frozenset[str] | None:
     return None if "*" in names else names
 
 
+@lru_cache(maxsize=1_000)
 def is_local(host: str) -> bool:
     """Whether this name or address can only mean the machine itself."""
     try:

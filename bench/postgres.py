@@ -62,11 +62,17 @@ def started(data_dir: Path) -> Iterator[embedded.Server]:
         yield server
 
 
-def empty(server: embedded.Server, name: str) -> Settings:
+def empty(server: embedded.Server, name: str, dimensions: int = LOCAL_DIMENSIONS) -> Settings:
     """A new, migrated database in place of any of this name; the service's settings for it."""
     settings = Settings(
-        database_url=server.url(local.SERVICE, name), migration_url=server.url(local.OWNER, name), embedder="local"
+        database_url=server.url(local.SERVICE, name),
+        migration_url=server.url(local.OWNER, name),
+        openai_api_key="none",
+        embedding_model="none",
+        embedding_dimensions=dimensions,
     )
+    if dimensions == LOCAL_DIMENSIONS:
+        settings = Settings(database_url=settings.database_url, migration_url=settings.migration_url, embedder="local")
     with psycopg.connect(server.url(), autocommit=True) as admin:
         admin.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
     local.bootstrap(server.url(), name)

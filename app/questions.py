@@ -53,10 +53,13 @@ async def embed(
     for key in remembered:
         memory.move_to_end(key)
     missing = [index for index, key in enumerate(keys) if key not in remembered]
+    fresh: dict[tuple[str, str], Vector] = {}
     if missing:
         computed = await _computed(embedder, [texts[i] for i in missing], [fields[i] for i in missing])
-        memory.update(zip((keys[index] for index in missing), computed, strict=True))
-    found = [Embedded(memory[key], key in remembered) for key in keys]
+        fresh = dict(zip((keys[index] for index in missing), computed, strict=True))
+        memory.update(fresh)
+    known = remembered | fresh
+    found = [Embedded(known[key], key in remembered) for key in keys]
     while len(memory) > REMEMBERED:
         memory.popitem(last=False)
     return found

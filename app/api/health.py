@@ -8,7 +8,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from msgspec import Struct
 
-from app.api import problems
+from app.api import operations, problems
 from app.api.service import Service
 
 
@@ -56,10 +56,11 @@ async def live() -> Live:
     operation_id="ready",
     summary="Can it serve?",
     tags=["health"],
-    responses=problems.DOCUMENTED
+    operation_class=operations.Described,
+    responses=problems.documented()
     | {
         200: ResponseSpec(
-            Ready, description="Ready", examples=[Example("ready", value=Ready("0002", "all-MiniLM-L6-v2-int8", 384))]
+            Ready, description="Ready", examples=[Example("ready", value=Ready("0003", "all-MiniLM-L6-v2-int8", 384))]
         )
     },
 )

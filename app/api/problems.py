@@ -190,9 +190,6 @@ def documented(*more: HTTPStatus) -> dict[int, ResponseSpec]:
     }
 
 
-DOCUMENTED = documented()
-
-
 def _logged(error: errors.PgrecallError) -> ProblemDetailsException:
     problem = _ours(error)
     if problem.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:

@@ -9,6 +9,7 @@ Words are alternatives; a "phrase" or -exclusion restricts what is found and add
 """
 
 import re
+from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import (
@@ -45,11 +46,14 @@ from app.tables import tenant_document_terms, tenant_documents
 
 K1, B = 1.2, 0.75
 
-MOST_TERMS = 12
-"""Words of a question that count: the most selective. The score is written out for so many."""
+TERMS = (6, 12, 24)
+"""The score is written out for so many words, in parts: a question of few words does not look at the later ones.
 
-FEW_TERMS = 6
-"""So many need not look at the second half of it."""
+Of a question with more than the last the most selective count.
+"""
+
+READING = 50_000
+"""Chunks that hold a question's words, counted word by word: past so many only the 8 most selective words count."""
 
 FIRST = 0.6
 """First threshold, as a share of the sum of the words' upper bounds. Too high costs a cheap pass, too low a dear one."""
@@ -159,7 +163,9 @@ def _bound() -> ColumnElement[int]:
 
 
 def _question() -> CTE:
-    asked = func.text_question(_tenant, bindparam("question", type_=Text), literal(MOST_TERMS, Integer)).table_valued(
+    asked = func.text_question(
+        _tenant, bindparam("question", type_=Text), literal(TERMS[-1], Integer), literal(READING, Integer)
+    ).table_valued(
         column("terms", ARRAY(Text)),
         column("queries", ARRAY(TSQUERY)),
         column("weights", _NUMBERS),
@@ -230,7 +236,8 @@ def _found(question: CTE, passes: CTE, candidate: LateralFromClause) -> LateralF
 
 
 def _score() -> ColumnElement[float]:
-    few = " + ".join(TERM_SCORE.format(n=n) for n in range(1, FEW_TERMS + 1))
-    many = " + ".join(TERM_SCORE.format(n=n) for n in range(FEW_TERMS + 1, MOST_TERMS + 1))
-    score = f"{few} + case when cardinality(question.weights) > {FEW_TERMS} then {many} else 0 end"
+    score = "0"
+    for first, last in reversed(list(pairwise((0, *TERMS)))):
+        part = " + ".join(TERM_SCORE.format(n=n) for n in range(first + 1, last + 1))
+        score = f"{part} + case when cardinality(question.weights) > {last} then {score} else 0 end"
     return literal_column(score, DOUBLE_PRECISION)

@@ -204,7 +204,7 @@ end $$
 """,
     """
 create or replace function text_question(
-    tenant text, question text, most_terms integer, out terms text[], out queries tsquery[],
+    tenant text, question text, most_terms integer, most_chunks integer, out terms text[], out queries tsquery[],
     out weights double precision[], out bounds double precision[], out total double precision,
     out mean_length double precision, out required text, out restriction tsquery
 ) language plpgsql stable as $$
@@ -237,19 +237,21 @@ begin
            array_agg(w.weight order by w.bound desc, w.term), array_agg(w.bound order by w.bound desc, w.term),
            coalesce(sum(w.bound), 0)
       into terms, queries, weights, bounds, total
-      from (select q.lexeme as term, i.weight,
-                   1.0001 * i.weight / (1 + 0.3 / s.peak + 0.9 / (s.density * mean_length)) as bound
-              from (select lexeme, positions, bool_or(octet_length(lexeme) > 1) over () as several
-                      from unnest(chunk_terms(positive))) q
-             cross join lateral (
-                   select sum(t.chunks)::double precision as chunks, max(t.peak) as peak,
-                          max(t.density)::double precision as density
-                     from tenant_term_statistics t where t.tenant_id = tenant and t.term = q.lexeme) s
-             cross join lateral (
-                   select 2.2 * cardinality(q.positions)
-                          * ln(1 + (greatest(collection - s.chunks, 0) + 0.5) / (s.chunks + 0.5)) as weight) i
-             where s.chunks > 0 and (octet_length(q.lexeme) > 1 or not q.several)
-             order by bound desc, term limit most_terms) w;
+      from (select c.*, row_number() over (order by c.bound desc, c.term) as place,
+                   sum(c.chunks) over (order by c.bound desc, c.term rows unbounded preceding) as reading
+            from (select q.lexeme as term, i.weight, s.chunks,
+                           1.0001 * i.weight / (1 + 0.3 / s.peak + 0.9 / (s.density * mean_length)) as bound
+                      from (select lexeme, positions, bool_or(octet_length(lexeme) > 1) over () as several
+                              from unnest(chunk_terms(positive))) q
+                     cross join lateral (
+                           select sum(t.chunks)::double precision as chunks, max(t.peak) as peak,
+                                  max(t.density)::double precision as density
+                             from tenant_term_statistics t where t.tenant_id = tenant and t.term = q.lexeme) s
+                     cross join lateral (
+                           select 2.2 * cardinality(q.positions)
+                                  * ln(1 + (greatest(collection - s.chunks, 0) + 0.5) / (s.chunks + 0.5)) as weight) i
+                     where s.chunks > 0 and (octet_length(q.lexeme) > 1 or not q.several)) c) w
+     where w.place <= 8 or w.place <= most_terms and w.reading <= most_chunks;
 end $$
 """,
     """
@@ -348,7 +350,7 @@ COMMENTS = {
     "function fold_statistics(text)": "Make one row of several in a tenant's statistics. False where another session is at it.",
     "function recount_statistics(text)": "Count a tenant's statistics afresh, after rows were deleted without forget_terms.",
     "procedure fill_terms(integer)": "Make every chunk searchable by its words that is not yet, in short transactions. May be run again.",
-    "function text_question(text, text, integer)": "The words of a question with their BM25 weights and most possible scores, rarest first, and what quotation marks and minus signs ask.",
+    "function text_question(text, text, integer, integer)": "The words of a question with their BM25 weights and most possible scores, rarest first, and what quotation marks and minus signs ask.",
     "function threshold_formula(text[], double precision[], double precision[], integer, double precision)": "Which combinations of words can reach a score: a formula without negation, null for none, empty for any.",
     "function text_candidates(text[], double precision[], double precision, text)": "The query that finds every chunk whose score can reach the threshold, for the index of the words.",
 }
@@ -435,7 +437,7 @@ def downgrade() -> None:
 drop procedure fill_terms(integer);
 drop function text_candidates(text[], double precision[], double precision, text);
 drop function threshold_formula(text[], double precision[], double precision[], integer, double precision);
-drop function text_question(text, text, integer);
+drop function text_question(text, text, integer, integer);
 drop function recount_statistics(text);
 drop function fold_statistics(text);
 drop function forget_terms(text, text[], text[]);

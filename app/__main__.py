@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
             default="vector",
             help="by meaning, by words (BM25), or both (vector)",
         )
+        asked.add_argument("--rerank", action="store_true", help="order what is found by PGRECALL_RERANK_MODEL")
         asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
@@ -184,6 +185,7 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         choices=["vector", "text", "hybrid"],
         help="how to search; may be repeated (all three, side by side)",
     )
+    judged.add_argument("--rerank", action="store_true", help="order what is found by PGRECALL_RERANK_MODEL")
     judged.add_argument("--per-query", action="store_true", help="every query's figures too, the worst first")
     judged.add_argument(
         "--fail-under",

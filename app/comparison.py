@@ -164,7 +164,7 @@ def compare(this: Sequence[Row], other: Sequence[Row]) -> Comparison:
     )
 
 
-def setup(settings: Settings, mode: str) -> dict[str, Any]:
+def setup(settings: Settings, mode: str, *, reranked: bool = False) -> dict[str, Any]:
     """What a run was made with."""
     return {
         "mode": mode,
@@ -174,6 +174,7 @@ def setup(settings: Settings, mode: str) -> dict[str, Any]:
         "chunk_overlap_tokens": settings.chunk_overlap_tokens,
         "ef_search": settings.ef_search,
         "exact_rows": settings.exact_rows,
+        "rerank": settings.rerank_model if reranked else None,
         "version": __version__,
     }
 

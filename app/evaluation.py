@@ -16,12 +16,13 @@ from msgspec.structs import replace
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
-from app import search, statistics, text
+from app import rerank, search, statistics, text
 from app.database import Database, rendered
 from app.embedding import Embedder
 from app.errors import TimedOut
 from app.judgements import Question
 from app.questions import vector as question_vector
+from app.rerank import Reranker
 from app.search import Mode, Options, Scan
 from app.settings import Settings
 from app.statistics import Hits, Interval
@@ -145,6 +146,7 @@ async def run(
     questions: Sequence[Question],
     k: int,
     modes: Sequence[Mode] = MODES,
+    reranker: Reranker | None = None,
 ) -> AsyncGenerator[dict[Mode, Judged], None]:
     """Search for one question after the other, in each mode. Raises BadInput, naming its line, for one the search refuses.
 
@@ -162,9 +164,9 @@ async def run(
         for mode in (*modes[first:], *modes[:first]):
             given, waited = (None, 0.0) if mode == "text" else (vector, embedding)
             begun = time.perf_counter()
-            found, scan = await best_documents(database, settings, question, given, k, mode)
+            found, scan = await best_documents(database, settings, question, given, k, mode, reranker)
             judged[mode] = Judged(question, found, 1000 * (waited + time.perf_counter() - begun), scan)
-        yield judged
+        yield {mode: judged[mode] for mode in modes}
 
 
 async def best_documents(
@@ -174,12 +176,13 @@ async def best_documents(
     embedding: npt.NDArray[np.float32] | None,
     k: int,
     mode: Mode = "vector",
+    reranker: Reranker | None = None,
 ) -> Ranked:
     """The k documents with the best chunks, best first, and the similarities of those; fewer if there are not k.
 
     Raises TimedOut where a search would be short.
     """
-    hits, scan, _ = await search.search(
+    found = await search.search(
         database,
         settings,
         question.tenant_id,
@@ -187,10 +190,11 @@ async def best_documents(
         question=text.plain(question.text),
         top_k=k,
         options=Options(mode=mode, grouped=True),
+        stage=None if reranker is None else rerank.Stage(reranker, question.text),
     )
-    if not scan.full:
+    if not found.scan.full:
         raise TimedOut("a search ran into its time limit, figures would be too low; raise PGRECALL_STATEMENT_TIMEOUT")
-    return Ranked({hit.id: hit.similarity for hit in hits}, scan)
+    return Ranked({hit.id: hit.similarity for hit in found.hits}, found.scan)
 
 
 class Alternative(NamedTuple):

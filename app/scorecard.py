@@ -3,7 +3,7 @@
 import asyncio
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from app import (
     floors,
     judgements,
     report,
+    rerank,
     schema,
     spotcheck,
     statistics,
@@ -58,7 +59,7 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
     collection = judgements.read(arguments.path, arguments.tenant)
     saved = _saved(arguments.compare, collection, k, modes) if arguments.compare else {}
     with schema.provided(config) as ready:
-        measured = asyncio.run(_measured(ready, collection, k, modes, in_full=arguments.report is not None))
+        measured = asyncio.run(_measured(ready, collection, modes, arguments))
     rows = {mode: [comparison.row(one, k) for one in each.judged] for mode, each in measured.modes.items()}
     compared: dict[str, tuple[Saved, Comparison]] = {
         mode: (saved[mode], comparison.compare(rows[mode], saved[mode].rows)) for mode in modes if mode in saved
@@ -67,7 +68,11 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
     for mode, (theirs, found) in compared.items():
         documents[mode] |= {"compared": comparison.differences(arguments.compare, theirs, found)}
     full = {
-        mode: documents[mode] | {"setup": comparison.setup(config, mode), "per_query": [row.as_json() for row in each]}
+        mode: documents[mode]
+        | {
+            "setup": comparison.setup(config, mode, reranked=arguments.rerank),
+            "per_query": [row.as_json() for row in each],
+        }
         for mode, each in rows.items()
     }
     if arguments.json:
@@ -86,7 +91,7 @@ def evaluate(arguments: Namespace, config: Settings) -> int:
 
 def _check_alone(arguments: Namespace) -> None:
     """Raise BadInput for what has no meaning without judgements."""
-    for option in ("path", "report", "compare", "save", "per_query", "mode"):
+    for option in ("path", "report", "compare", "save", "per_query", "mode", "rerank"):
         if getattr(arguments, option):
             raise BadInput("--ann", f"takes no {option.replace('_', '-')}: there are no judged queries in it")
 
@@ -107,44 +112,42 @@ class Measured:
     missing: int
 
 
-async def _measured(
-    config: Settings, collection: Collection, k: int, chosen: Sequence[Mode], *, in_full: bool
-) -> Measured:
-    """`in_full`: with what the report shows besides the figures."""
-    async with commands.opened(config) as (database, embedder):
+async def _measured(config: Settings, collection: Collection, modes: Sequence[Mode], arguments: Namespace) -> Measured:
+    """The results; for a report with what it shows besides the figures."""
+    k = arguments.k
+    async with commands.opened(config) as (database, embedder), rerank.opened(config) as opened:
+        reranker = rerank.required(opened) if arguments.rerank else None
         if collection.tenant_id is not None:
             await _provide(database, embedder, config, collection, collection.tenant_id)
         missing = await _missing(database, collection)
-        judged = await _searched(database, embedder, config, collection.questions, k, chosen)
-        if not in_full:
+        judged = await _searched(
+            collection.questions,
+            evaluation.run(database, embedder, config, collection.questions, k, modes, reranker),
+        )
+        if arguments.report is None:
             return Measured({mode: Results(each) for mode, each in judged.items()}, missing)
-        modes = {}
+        results: dict[str, Results] = {}
         for mode, each in judged.items():
             passages = await _passages(database, embedder, report.worst(each, k))
             alternatives = (
                 await _alternatives(database, embedder, config, collection.questions, k) if mode == "vector" else ()
             )
-            modes[mode] = Results(each, alternatives, passages)
-        return Measured(modes, missing)
+            results[mode] = Results(each, alternatives, passages)
+        return Measured(results, missing)
 
 
 async def _searched(
-    database: Database,
-    embedder: Embedder,
-    config: Settings,
-    questions: Sequence[Question],
-    k: int,
-    modes: Sequence[Mode],
-) -> dict[str, list[Judged]]:
-    judged: dict[str, list[Judged]] = {mode: [] for mode in modes}
+    questions: Sequence[Question], searches: AsyncGenerator[dict[Mode, Judged], None]
+) -> dict[Mode, list[Judged]]:
+    """The results by mode, with a progress bar."""
+    found = []
     with terminal.progress("queries") as bar:
         task = bar.add_task(f"search for {len(questions)} queries", total=len(questions))
-        async with aclosing(evaluation.run(database, embedder, config, questions, k, modes)) as results:
-            async for each in results:
-                for mode, one in each.items():
-                    judged[mode].append(one)
+        async with aclosing(searches):
+            async for each in searches:
+                found.append(each)
                 bar.advance(task)
-    return judged
+    return {mode: [each[mode] for each in found] for mode in found[0]}
 
 
 async def _alternatives(
@@ -233,6 +236,7 @@ def _shown(
         "scans": ", ".join(f"{count:,} {kind}" for kind, count in done.items() if count),
         "ef_search": str(config.ef_search),
         "exact up to": "as many rows as pays" if config.exact_rows is None else f"{config.exact_rows:,} rows",
+        **({"reranked by": str(config.rerank_model)} if arguments.rerank else {}),
         "expected, not stored": f"{measured.missing:,}",
         "pgrecall": __version__,
     }
@@ -240,7 +244,7 @@ def _shown(
     headings = [
         (
             f"Compared with {arguments.compare.name}" + (f": {mode}" if several else ""),
-            _otherwise(config, theirs, mode),
+            _otherwise(comparison.setup(config, mode, reranked=arguments.rerank), theirs),
             c,
         )
         for mode, (theirs, c) in compared.items()
@@ -257,9 +261,8 @@ def _shown(
     return Evaluation(arguments.path.resolve().name, arguments.k, facts, measured.modes, headings)
 
 
-def _otherwise(config: Settings, theirs: Saved, mode: str) -> str:
+def _otherwise(mine: Mapping[str, Any], theirs: Saved) -> str:
     """What the other run was made with, as far as it differs."""
-    mine = comparison.setup(config, mode)
     other = [
         f"{name} {value} (here {mine[name]})" for name, value in theirs.setup.items() if mine.get(name, value) != value
     ]

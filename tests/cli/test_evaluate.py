@@ -129,6 +129,24 @@ def test_a_question_is_embedded_and_searched_no_more_than_needed(run, folder, mo
     assert counts == {"embedded": embedded, "searches": searches}
 
 
+def test_a_reranker_orders_what_each_mode_finds(run, folder, tmp_path, openai, monkeypatch):
+    status, _, err = run("evaluate", folder, "--rerank")
+    assert status == 2
+    assert "rerank: no reranker is configured; allowed with PGRECALL_RERANK_URL and PGRECALL_RERANK_MODEL" in err
+    monkeypatch.setenv("PGRECALL_RERANK_URL", openai.url)
+    monkeypatch.setenv("PGRECALL_RERANK_MODEL", "bge-reranker")
+    openai.relevance = lambda _, text: float("Moon" in text)
+    assert json.loads(run("search", "dough", "--tenant", "eval-small", "--json")[1])["count"] == 0  # nothing was stored
+    status, out, _ = run("evaluate", folder, "-k", "1", "--rerank", "--json", "--save", tmp_path / "reranked.json")
+    assert status == 0
+    # the moon is put first wherever it is found, which is right for q3 and wrong for the others; words do not find it
+    assert [each["metrics"]["mrr"] for each in json.loads(out).values()] == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    assert json.loads((tmp_path / "reranked.json").read_text())["text"]["setup"]["rerank"] == "bge-reranker"
+    hits = json.loads(run("search", "dough", "--tenant", "eval-small", "--rerank", "--json")[1])["results"]
+    assert (hits[0]["id"], hits[0]["rerank_score"]) == ("moon", 1.0)
+    assert "moon" in run("ask", "How long does dough rise?", "--tenant", "eval-small", "--rerank")[1]
+
+
 def test_each_query_on_demand(run, folder):
     report = json.loads(run("evaluate", folder, "--mode", "vector", "--per-query", "--json", "-k", "2")[1])
     assert [row["id"] for row in report["per_query"]] == ["q1", "q2", "q3"]
@@ -303,6 +321,7 @@ def test_the_index_is_checked_without_judgements(run, folder):
         ([], "path: is missing; allowed: a file or folder of judged queries, or --ann"),
         (["--ann", "judged.jsonl"], "--ann: takes no path"),
         (["--ann", "--per-query"], "--ann: takes no per-query"),
+        (["--ann", "--rerank"], "--ann: takes no rerank"),
         (["--ann", "--tenant", "nobody"], "--tenant: tenant nobody has no chunks to sample"),
         (["--ann", "--fail-under", "mrr=0.5"], "there is no 'mrr' with -k 10; allowed: recall@10"),
     ],

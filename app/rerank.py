@@ -101,7 +101,7 @@ class HTTPReranker:
         try:
             # JSON has no NaN and no infinity, and msgspec takes none.
             results = msgspec.json.decode(body, type=_Answer).results
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             raise RerankFailed(
                 f"the server of {self._model} answered with something other than scores; is PGRECALL_RERANK_URL right?"
             ) from None

@@ -14,7 +14,7 @@ if os.getpid() == 1:
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import __version__, commands, demo, scorecard, settings, telemetry, terminal
+from app import __version__, commands, demo, floors, scorecard, settings, telemetry, terminal
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
             default="vector",
             help="by meaning, by words (BM25), or both (vector)",
         )
+        asked.add_argument("--rerank", action="store_true", help="order what is found by PGRECALL_RERANK_MODEL")
         asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
@@ -148,7 +149,8 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         "evaluate",
         scorecard.evaluate,
         "Measure the search against queries whose documents are known.",
-        "pgrecall evaluate judged.jsonl --tenant acme --fail-under recall@10=0.8",
+        "pgrecall evaluate judged.jsonl --tenant acme --mode hybrid --fail-under recall@10=0.8",
+        "pgrecall evaluate judged.jsonl --tenant acme --fail-under hybrid:recall@10=0.8",
         "pgrecall evaluate beir/scifact --report report.html --save today.json",
         "pgrecall evaluate beir/scifact --report report.html --compare yesterday.json",
         "pgrecall evaluate --ann --tenant acme --fail-under recall@10=0.95",
@@ -181,16 +183,17 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--mode",
         action="append",
         choices=["vector", "text", "hybrid"],
-        help="how to search; may be repeated, for several side by side (vector)",
+        help="how to search; may be repeated (all three, side by side)",
     )
+    judged.add_argument("--rerank", action="store_true", help="order what is found by PGRECALL_RERANK_MODEL")
     judged.add_argument("--per-query", action="store_true", help="every query's figures too, the worst first")
     judged.add_argument(
         "--fail-under",
-        type=scorecard.floor,
+        type=floors.floor,
         action="append",
         default=[],
-        metavar="METRIC=VALUE",
-        help="exit with status 1 if the metric is under the value; may be repeated",
+        metavar="[MODE:]METRIC=VALUE",
+        help="exit with status 1 if the metric is under the value, in that mode or in any that is searched; may be repeated",
     )
     _json(judged)
 

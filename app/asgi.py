@@ -18,7 +18,7 @@ from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.params import QueryParameter
 from litestar.static_files import create_static_files_router
 
-from app import __version__, chat, embedding, telemetry
+from app import __version__, chat, embedding, rerank, telemetry
 from app import settings as environment
 from app.api import documents, health, problems, rag, search
 from app.api.body import BodyGuard, StrictRequest
@@ -138,9 +138,10 @@ async def _opened(app: Litestar, settings: Settings) -> AsyncIterator[None]:
         chat_model = chat.open_chat(settings)
         if chat_model is not None:
             stack.push_async_callback(chat_model.aclose)
+        reranker = await stack.enter_async_context(rerank.opened(settings))
         database = Database(settings, settings.database_url or "")
         stack.push_async_callback(database.close)
-        app.state.service = service = Service(settings, database, embedder, chat_model)
+        app.state.service = service = Service(settings, database, embedder, chat_model, reranker)
         try:
             await service.check()
         except (SchemaTooOld, DatabaseUnavailable) as error:

@@ -24,6 +24,7 @@ from app import (
     model,
     questions,
     rag,
+    rerank,
     roles,
     schema,
     search,
@@ -241,17 +242,19 @@ async def asked(database: Database, embedder: Embedder, config: Settings, argume
     vector = None
     if mode != "text" or arguments.threshold is not None:
         vector = await questions.vector(embedder, arguments.query)
-    return await search.search(
-        database,
-        config,
-        arguments.tenant,
-        vector,
-        top_k=arguments.top_k,
-        question=arguments.query,
-        threshold=arguments.threshold,
-        conditions=conditions,
-        options=search.Options(mode=mode),
-    )
+    async with rerank.opened(config) as reranker:
+        return await search.search(
+            database,
+            config,
+            arguments.tenant,
+            vector,
+            top_k=arguments.top_k,
+            question=arguments.query,
+            threshold=arguments.threshold,
+            conditions=conditions,
+            options=search.Options(mode=mode),
+            stage=rerank.Stage(rerank.required(reranker), arguments.query) if arguments.rerank else None,
+        )
 
 
 def ask(arguments: Namespace, config: Settings) -> int:
@@ -284,7 +287,7 @@ def show_answer(question: str, answer: Any) -> None:
     terminal.table(
         f"sources ({answer.model} answered; cited are {', '.join(map(str, answer.cited)) or 'none'})",
         [("source", "right"), ("score", "right"), ("document", "left"), ("snippet", "left")],
-        [(s.source, f"{s.score:.3f}", s.id, terminal.snippet(s.content)) for s in answer.sources],
+        [(s.source, f"{s.rank_score:.3f}", s.id, terminal.snippet(s.content)) for s in answer.sources],
     )
 
 

@@ -97,7 +97,7 @@ def read(path: Path, k: int) -> dict[str, Saved]:
     modes = {_mode(document): document} if single else document
     if not modes:
         raise BadInput(str(path), "holds no evaluation")
-    return {mode: _saved(path if single else f"{path}: {mode}", each, k) for mode, each in modes.items()}
+    return {mode: _saved(path if single else f"{path}: {mode}", each, k, mode) for mode, each in modes.items()}
 
 
 def _mode(document: Mapping[str, Any]) -> str:
@@ -105,13 +105,13 @@ def _mode(document: Mapping[str, Any]) -> str:
     return str(setup.get("mode", evaluation.MODES[0])) if isinstance(setup, dict) else evaluation.MODES[0]
 
 
-def _saved(where: Path | str, document: Any, k: int) -> Saved:
+def _saved(where: Path | str, document: Any, k: int, mode: str) -> Saved:
     lines = document.get("per_query") if isinstance(document, dict) else None
     if not isinstance(lines, list) or not lines:
         raise BadInput(
             str(where), "has no per_query; allowed: what `pgrecall evaluate` writes with --save, or --json --per-query"
         )
-    names = evaluation.metric_names(k)
+    names = evaluation.metric_names(k, mode)
     rows = []
     for number, line in enumerate(lines):
         try:
@@ -140,10 +140,10 @@ def check(where: str, other: Sequence[Row], wanted: Mapping[tuple[str, str], Seq
 
 
 def compare(this: Sequence[Row], other: Sequence[Row]) -> Comparison:
-    """How two runs of the same queries differ; the queries are resampled in pairs."""
+    """How two runs of the same queries differ, in the figures both have; the queries are resampled in pairs."""
     theirs = {row.key: row for row in other}
     pairs = [(theirs[row.key], row) for row in this]
-    names = list(this[0].figures)
+    names = [name for name in this[0].figures if name in other[0].figures]
     before, now = (
         np.array([[row.figures[name] for name in names] for row in rows]) for rows in zip(*pairs, strict=True)
     )
@@ -164,7 +164,7 @@ def compare(this: Sequence[Row], other: Sequence[Row]) -> Comparison:
     )
 
 
-def setup(settings: Settings, mode: str) -> dict[str, Any]:
+def setup(settings: Settings, mode: str, *, reranked: bool = False) -> dict[str, Any]:
     """What a run was made with."""
     return {
         "mode": mode,
@@ -174,6 +174,7 @@ def setup(settings: Settings, mode: str) -> dict[str, Any]:
         "chunk_overlap_tokens": settings.chunk_overlap_tokens,
         "ef_search": settings.ef_search,
         "exact_rows": settings.exact_rows,
+        "rerank": settings.rerank_model if reranked else None,
         "version": __version__,
     }
 

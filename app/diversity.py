@@ -5,7 +5,7 @@ likeness is the highest cosine similarity to one already taken.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,31 +14,25 @@ CHOICE = 5
 """Hits looked at for each one taken."""
 
 
-class Scored(Protocol):
-    """What has a score, the higher the better."""
-
-    @property
-    def score(self) -> float:
-        """Of a hit."""
-        ...
-
-
-Ranked = TypeVar("Ranked", bound=Scored)
+Hit = TypeVar("Hit")
 
 
 def chosen(
-    hits: Sequence[Ranked], vectors: Sequence[npt.NDArray[np.float32]], top_k: int, diversity: float
-) -> list[Ranked]:
-    """At most `top_k` of the hits, in the order they are taken. `vectors`: one for each hit; `diversity` in [0, 1].
+    hits: Sequence[Hit],
+    scores: Sequence[float],
+    vectors: Sequence[npt.NDArray[np.float32]],
+    top_k: int,
+    diversity: float,
+) -> list[Hit]:
+    """At most `top_k` of the hits, in the order they are taken. A score and a vector for each; `diversity` in [0, 1].
 
-    Scores count as shares of the best one, so that similarities, text scores and fused ones weigh alike.
+    Scores count as shares of the largest one, so that similarities, text scores, fused ones and a reranker's weigh alike.
     """
     if not hits:
         return []
     stacked = np.stack(vectors).astype(np.float64)
     stacked /= np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)
-    scores = np.array([hit.score for hit in hits])
-    relevance = scores / max(float(np.abs(scores).max()), 1e-12)
+    relevance = np.array(scores) / max(float(np.abs(scores).max()), 1e-12)
     likeness = np.full(len(hits), 0.0)
     taken: list[int] = []
     while len(taken) < min(top_k, len(hits)):

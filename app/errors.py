@@ -11,6 +11,7 @@ PgrecallError
 ├── TimedOut              the statement ran into its time limit
 ├── UpstreamFailed        a model server failed, after the retries it deserved
 │   ├── EmbeddingFailed
+│   ├── RerankFailed
 │   └── ChatFailed
 └── SetupError            the program cannot start like this; the message says what to run or set
     ├── WrongSetting
@@ -88,6 +89,10 @@ class EmbeddingFailed(UpstreamFailed):
     def __init__(self, message: str = "", index: int | None = None) -> None:
         super().__init__(message)
         self.index = index
+
+
+class RerankFailed(UpstreamFailed):
+    """The reranker's server failed."""
 
 
 class ChatFailed(UpstreamFailed):

@@ -16,12 +16,13 @@ from msgspec.structs import replace
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
-from app import search, statistics, text
+from app import rerank, search, statistics, text
 from app.database import Database
 from app.embedding import Embedder
 from app.errors import TimedOut
 from app.judgements import Question
 from app.questions import vector as question_vector
+from app.rerank import Reranker
 from app.search import Mode, Options, Scan
 from app.settings import Settings
 from app.statements import rendered
@@ -39,12 +40,20 @@ ALL_ROWS = 2_000_000_000
 
 
 class Judged(NamedTuple):
-    """One query's result. `found`: cosine similarity of each document's best chunk by id, best first, at most k."""
+    """One query's result. `found`: cosine similarity of each document's best chunk by id, best first, at most k.
+
+    A search by words alone measures no similarity: None stands there.
+    """
 
     question: Question
-    found: Mapping[str, float]
+    found: Mapping[str, float | None]
     milliseconds: float
     scan: Scan = Scan("exact")
+
+    @property
+    def similarities(self) -> list[float]:
+        """Those that were measured, in the order of the documents."""
+        return [similarity for similarity in self.found.values() if similarity is not None]
 
     @property
     def expected(self) -> list[str]:
@@ -53,9 +62,9 @@ class Judged(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Documents found: similarity of each one's best chunk by id, best first, and how the search was done."""
+    """Documents found, as in `Judged`, and how the search was done."""
 
-    found: dict[str, float]
+    found: dict[str, float | None]
     scan: Scan
 
 
@@ -80,31 +89,32 @@ def _discounted(gains: Sequence[int]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1) if gain > 0)
 
 
-def metric_names(k: int) -> tuple[str, str, str, str]:
-    """Of what `metrics` gives; each is the better the higher."""
-    return (f"recall@{k}", "mrr", f"ndcg@{k}", "mean_similarity")
+def metric_names(k: int, mode: str = "vector") -> tuple[str, ...]:
+    """Of what `metrics` gives for a mode; each is the better the higher. Searches by words measure no similarity."""
+    return (f"recall@{k}", "mrr", f"ndcg@{k}", *(() if mode == "text" else ("mean_similarity",)))
 
 
 def metrics(judged: Judged, k: int) -> dict[str, float]:
     """One query's figures. `mean_similarity` is over the documents found, 0 where there is none."""
     ranking, grades = list(judged.found), judged.question.grades
-    similarity = float(np.mean(list(judged.found.values()))) if ranking else 0.0
+    similarity = float(np.mean(judged.similarities)) if judged.similarities else 0.0
     values = (recall(ranking, grades, k), reciprocal_rank(ranking, grades), ndcg(ranking, grades, k), similarity)
-    return dict(zip(metric_names(k), values, strict=True))
+    return dict(zip(metric_names(k, judged.scan.strategy), values, strict=False))
 
 
 def mean_metrics(judged: Sequence[Judged], k: int) -> dict[str, float]:
     """The mean of each figure over the queries, of which there is at least one."""
     each = [metrics(one, k) for one in judged]
-    return {name: float(np.mean([one[name] for one in each])) for name in metric_names(k)}
+    return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
 
 
 def mean_intervals(judged: Sequence[Judged], k: int) -> dict[str, Interval]:
     """The 95 % interval of each mean; none for a single query."""
     if len(judged) < 2:
         return {}
-    values = np.array([list(metrics(one, k).values()) for one in judged])
-    return dict(zip(metric_names(k), statistics.intervals(values), strict=True))
+    each = [metrics(one, k) for one in judged]
+    values = np.array([list(one.values()) for one in each])
+    return dict(zip(each[0], statistics.intervals(values), strict=True))
 
 
 def latency(milliseconds: Sequence[float]) -> dict[str, float]:
@@ -122,9 +132,11 @@ def scans(done: Sequence[Scan]) -> dict[str, int]:
 
 def hits(one: Judged) -> Hits:
     """The similarities of a query's relevant and other documents found."""
-    grades = one.question.grades
-    relevant = [similarity for document, similarity in one.found.items() if grades.get(document, 0) > 0]
-    irrelevant = [similarity for document, similarity in one.found.items() if grades.get(document, 0) <= 0]
+    relevant: list[float] = []
+    irrelevant: list[float] = []
+    for document, similarity in one.found.items():
+        if similarity is not None:
+            (relevant if one.question.grades.get(document, 0) > 0 else irrelevant).append(similarity)
     return Hits(relevant, irrelevant, len(one.expected))
 
 
@@ -134,44 +146,56 @@ async def run(
     settings: Settings,
     questions: Sequence[Question],
     k: int,
-    mode: Mode = "vector",
-) -> AsyncGenerator[Judged, None]:
-    """Search for one question after the other. Raises BadInput, naming its line, for one the search refuses."""
-    for question in questions:
-        begun = time.perf_counter()
-        vector = await question_vector(embedder, question.text, question.origin)
-        found, scan = await best_documents(
-            database, settings, question.tenant_id, vector, k, question=text.plain(question.text), mode=mode
-        )
-        yield Judged(question, found, 1000 * (time.perf_counter() - begun), scan)
+    modes: Sequence[Mode] = MODES,
+    reranker: Reranker | None = None,
+) -> AsyncGenerator[dict[Mode, Judged], None]:
+    """Search for one question after the other, in each mode. Raises BadInput, naming its line, for one the search refuses.
+
+    A question is embedded once, unless words alone are searched; what that took counts in every mode that needs it. The
+    modes take turns at going first, so that none always finds the pages another one has just read.
+    """
+    for turn, question in enumerate(questions):
+        vector, embedding = None, 0.0
+        if set(modes) != {"text"}:
+            begun = time.perf_counter()
+            vector = await question_vector(embedder, question.text, question.origin)
+            embedding = time.perf_counter() - begun
+        judged: dict[Mode, Judged] = {}
+        first = turn % len(modes)
+        for mode in (*modes[first:], *modes[:first]):
+            given, waited = (None, 0.0) if mode == "text" else (vector, embedding)
+            begun = time.perf_counter()
+            found, scan = await best_documents(database, settings, question, given, k, mode, reranker)
+            judged[mode] = Judged(question, found, 1000 * (waited + time.perf_counter() - begun), scan)
+        yield {mode: judged[mode] for mode in modes}
 
 
 async def best_documents(
     database: Database,
     settings: Settings,
-    tenant_id: str,
-    embedding: npt.NDArray[np.float32],
+    question: Question,
+    embedding: npt.NDArray[np.float32] | None,
     k: int,
-    *,
-    question: str = "",
     mode: Mode = "vector",
+    reranker: Reranker | None = None,
 ) -> Ranked:
     """The k documents with the best chunks, best first, and the similarities of those; fewer if there are not k.
 
     Raises TimedOut where a search would be short.
     """
-    hits, scan, _ = await search.search(
+    found = await search.search(
         database,
         settings,
-        tenant_id,
+        question.tenant_id,
         embedding,
-        question=question,
+        question=text.plain(question.text),
         top_k=k,
         options=Options(mode=mode, grouped=True),
+        stage=None if reranker is None else rerank.Stage(reranker, question.text),
     )
-    if not scan.full:
+    if not found.scan.full:
         raise TimedOut("a search ran into its time limit, figures would be too low; raise PGRECALL_STATEMENT_TIMEOUT")
-    return Ranked({hit.id: hit.similarity or 0.0 for hit in hits}, scan)
+    return Ranked({hit.id: hit.similarity for hit in found.hits}, found.scan)
 
 
 class Alternative(NamedTuple):
@@ -214,7 +238,7 @@ async def alternatives(
         for name in names[first:] + names[:first]:
             begun = time.perf_counter()
             try:
-                ranked = await best_documents(database, tried[name], question.tenant_id, vector, k)
+                ranked = await best_documents(database, tried[name], question, vector, k)
             except TimedOut:
                 del tried[name], found[name], took[name]
                 continue

@@ -46,8 +46,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The strategy and why it was taken; milliseconds in the embedder, the database and the rest; each statement.
+    """The strategy and why it was taken; milliseconds in each part; each statement.
 
+    `milliseconds`: in the embedder, the database, the reranker (`reranking`, where one was asked) and the rest.
     `embedding_remembered`: the question was asked lately, its vector was not computed again.
     """
 
@@ -67,7 +68,10 @@ async def of(
     """
     runs = [await _run(database, tenant_id, step, analyze=analyze) for step in found.steps]
     spent = sum(step.milliseconds for step in found.steps)
-    milliseconds = {"embedding": embedding, "database": spent, "rest": max(total - embedding - spent, 0.0)}
+    milliseconds = {"embedding": embedding, "database": spent}
+    if found.reranking is not None:
+        milliseconds["reranking"] = found.reranking
+    milliseconds["rest"] = max(total - sum(milliseconds.values()), 0.0)
     return Explanation(
         found.scan.strategy,
         _reason(found),

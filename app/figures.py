@@ -17,7 +17,7 @@ KEPT = 0.95
 def threshold_figure(judged: Sequence[Judged]) -> str:
     """Precision and recall against the similarity threshold."""
     queries = [evaluation.hits(one) for one in judged]
-    edges = _edges([similarity for one in judged for similarity in one.found.values()])
+    edges = _edges([similarity for one in judged for similarity in one.similarities])
     curve = statistics.threshold_curve(queries, np.linspace(edges[0], edges[-1], 101))
     keeping = statistics.keeping_threshold([s for query in queries for s in query.relevant], KEPT)
     chart = Chart(

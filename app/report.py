@@ -49,7 +49,7 @@ def worst(judged: Sequence[Judged], k: int) -> list[Judged]:
         judged,
         key=lambda one: (
             evaluation.metrics(one, k)[f"ndcg@{k}"],
-            -max(one.found.values(), default=-1.0),
+            -max(one.similarities, default=-1.0),
             one.question.id,
         ),
     )[:WORST]
@@ -69,16 +69,16 @@ def page(shown: Evaluation) -> str:
     parts += [_compared(*each, shown.k) for each in shown.compared]
     for mode, results in shown.modes.items():
         suffix = f": {mode}" if len(shown.modes) > 1 else ""
-        parts += [
-            f"<h2>{text('Similarity and speed' + suffix)}</h2>",
-            '<div class="plots">',
-            figures.threshold_figure(results.judged),
-            figures.similarity_figure(results.judged),
-            *figures.alternative_figures(results.alternatives, shown.k),
-            "</div>",
-            f"<h2>{text('Worst queries' + suffix)}</h2>",
-            _worst(results, shown.k),
-        ]
+        if mode != "text":  # which measures no similarity
+            parts += [
+                f"<h2>{text('Similarity and speed' + suffix)}</h2>",
+                '<div class="plots">',
+                figures.threshold_figure(results.judged),
+                figures.similarity_figure(results.judged),
+                *figures.alternative_figures(results.alternatives, shown.k),
+                "</div>",
+            ]
+        parts += [f"<h2>{text('Worst queries' + suffix)}</h2>", _worst(results, shown.k)]
     parts += ["</main>", _footer(shown.k)]
     return _PAGE.substitute(title=f"{text(shown.name)} – pgrecall evaluation", body="\n".join(parts))
 
@@ -94,10 +94,13 @@ def _metrics(modes: Mapping[str, Sequence[Judged]], k: int) -> str:
     waits = {mode: evaluation.latency([one.milliseconds for one in judged]) for mode, judged in modes.items()}
     alone = next(iter(modes)) if len(modes) == 1 else None
     rows = []
-    for name in evaluation.metric_names(k):
+    for name in dict.fromkeys(name for each in means.values() for name in each):
         cells = [
-            (_stacked(f"{means[mode][name]:.3f}", "", str(intervals[mode].get(name, ""))), "figure wraps")
-            for mode in modes
+            (
+                _stacked(f"{each[name]:.3f}" if name in each else "–", "", str(intervals[mode].get(name, ""))),
+                "figure wraps",
+            )
+            for mode, each in means.items()
         ]
         if alone is not None:
             interval = intervals[alone].get(name)
@@ -110,7 +113,7 @@ def _metrics(modes: Mapping[str, Sequence[Judged]], k: int) -> str:
         rows.append([(f"latency {name}", "th"), *cells, *([("", "bar")] if alone is not None else [])])
     headings = [(mode, "figure") for mode in modes] if alone is None else [("value", "figure"), ("from 0 to 1", "bar")]
     return table(
-        "Means over the queries, each with its 95 % interval. Latency includes embedding the query.",
+        "Means over the queries, each with its 95 % interval. Latency includes embedding the query, where the mode needs it.",
         [("metric", ""), *headings],
         rows,
     )
@@ -233,7 +236,7 @@ def _footer(k: int) -> str:
         f"recall@{k}": f"share of the relevant documents among the first {k}",
         "mrr": f"1 / rank of the first relevant document, 0 where there is none among the first {k}",
         f"ndcg@{k}": f"gain of the first {k}, discounted by log2(rank + 1), over that of the best order",
-        "mean_similarity": "mean cosine similarity of the documents found",
+        "mean_similarity": "mean cosine similarity of the documents found; a search by words measures none",
         "95 % interval": f"percentile bootstrap over the queries, {statistics.RESAMPLES:,} resamples, fixed seed: "
         "how far the mean would move with other queries of the same kind",
         "threshold": "recall is the mean over the queries of what reaches the threshold; precision is of all these hits "

@@ -1,10 +1,9 @@
 """`pgrecall evaluate`: judged queries searched, figures shown and saved, and a status for pipelines."""
 
 import asyncio
-import math
 import os
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,8 +18,10 @@ from app import (
     commands,
     comparison,
     evaluation,
+    floors,
     judgements,
     report,
+    rerank,
     schema,
     spotcheck,
     statistics,
@@ -30,8 +31,9 @@ from app.comparison import Comparison, Row, Saved
 from app.database import Database
 from app.embedding import Embedder
 from app.errors import BadInput
-from app.evaluation import Judged
+from app.evaluation import Alternative, Judged
 from app.files import Unreadable
+from app.floors import Floor
 from app.judgements import Collection, Question
 from app.report import Evaluation, Results
 from app.search import Mode
@@ -41,84 +43,65 @@ TRIED = 300
 """How many queries are searched again under other settings, for the report."""
 
 
-def floor(text: str) -> tuple[str, float]:
-    """`recall@10=0.8` as a metric's name and its least value."""
-    name, _, value = text.partition("=")
-    try:
-        least = float(value)
-    except ValueError:
-        least = math.nan
-    if not -1 <= least <= 1:
-        raise ArgumentTypeError(f"{text!r} is not allowed; allowed: METRIC=VALUE with a value from -1 to 1")
-    return name, least
-
-
 def evaluate(arguments: Namespace, config: Settings) -> int:
     """Search for every judged query and show the figures; 1 if one is under its floor."""
     k = arguments.k
     if arguments.ann:
         _check_alone(arguments)
-        _check_floors(arguments, [spotcheck.metric(k)])
-        return _against_floors(spotcheck.check(arguments, config), arguments.fail_under)
-    _check_floors(arguments, evaluation.metric_names(k))
+        floors.check(arguments.fail_under, {"": [spotcheck.metric(k)]}, k)
+        return _status({"": spotcheck.check(arguments, config)}, arguments.fail_under)
+    modes: list[Mode] = list(dict.fromkeys(arguments.mode or evaluation.MODES))
+    floors.check(arguments.fail_under, {mode: evaluation.metric_names(k, mode) for mode in modes}, k)
     if arguments.path is None:
         raise BadInput("path", "is missing; allowed: a file or folder of judged queries, or --ann to do without")
     for option in ("report", "save"):
         _check_writable(f"--{option}", getattr(arguments, option))
     collection = judgements.read(arguments.path, arguments.tenant)
-    saved = _saved(arguments.compare, collection, k) if arguments.compare else {}
+    saved = _saved(arguments.compare, collection, k, modes) if arguments.compare else {}
     with schema.provided(config) as ready:
-        measured = asyncio.run(
-            _measured(
-                ready, collection, k, arguments.mode or evaluation.MODES[:1], in_full=arguments.report is not None
-            )
-        )
+        measured = asyncio.run(_measured(ready, collection, modes, arguments))
     rows = {mode: [comparison.row(one, k) for one in each.judged] for mode, each in measured.modes.items()}
-    compared = _compared(rows, saved)
+    compared: dict[str, tuple[Saved, Comparison]] = {
+        mode: (saved[mode], comparison.compare(rows[mode], saved[mode].rows)) for mode in modes if mode in saved
+    }
     documents = {mode: comparison.summary(each.judged, k, measured.missing) for mode, each in measured.modes.items()}
-    for mode, (_, theirs, found) in compared.items():
+    for mode, (theirs, found) in compared.items():
         documents[mode] |= {"compared": comparison.differences(arguments.compare, theirs, found)}
     full = {
-        mode: documents[mode] | {"setup": comparison.setup(config, mode), "per_query": [row.as_json() for row in each]}
+        mode: documents[mode]
+        | {
+            "setup": comparison.setup(config, mode, reranked=arguments.rerank),
+            "per_query": [row.as_json() for row in each],
+        }
         for mode, each in rows.items()
     }
     if arguments.json:
         terminal.json(_keyed(full if arguments.per_query else documents))
     else:
-        for mode, document in documents.items():
-            name = arguments.path.resolve().name + (f", {mode}" if len(documents) > 1 else "")
-            _show(document, rows[mode] if arguments.per_query else [], name, k)
+        if arguments.per_query:
+            _show_queries(rows, k)
+        _show(documents, arguments.path.resolve().name)
     if arguments.save:
         _write(arguments.save, msgspec.json.encode(_keyed(full)) + b"\n")
     if arguments.report:
         shown = _shown(arguments, config, collection, measured, rows, compared)
         _write(arguments.report, report.page(shown).encode())
-    status = 0
-    for document in documents.values():
-        status = max(status, _against_floors(document["metrics"], arguments.fail_under))
-    return status
+    return _status({mode: each["metrics"] for mode, each in documents.items()}, arguments.fail_under)
 
 
 def _check_alone(arguments: Namespace) -> None:
     """Raise BadInput for what has no meaning without judgements."""
-    for option in ("path", "report", "compare", "save", "per_query", "mode"):
+    for option in ("path", "report", "compare", "save", "per_query", "mode", "rerank"):
         if getattr(arguments, option):
             raise BadInput("--ann", f"takes no {option.replace('_', '-')}: there are no judged queries in it")
 
 
-def _check_floors(arguments: Namespace, names: Sequence[str]) -> None:
-    """Raise BadInput for a floor under a figure there is not."""
-    for name, _ in arguments.fail_under:
-        if name not in names:
-            raise BadInput("--fail-under", f"there is no {name!r} with -k {arguments.k}; allowed: {', '.join(names)}")
-
-
-def _against_floors(metrics: Mapping[str, float], floors: Sequence[tuple[str, float]]) -> int:
+def _status(metrics: Mapping[str, Mapping[str, float]], least: Sequence[Floor]) -> int:
     """1 if a figure is under its floor, and says which; else 0."""
-    under = [(name, least) for name, least in floors if metrics[name] < least]
-    for name, least in under:
-        terminal.say(f"{name} is {metrics[name]:.6f}, under {least:g}")
-    return 1 if under else 0
+    faults = list(floors.under(metrics, least))
+    for fault in faults:
+        terminal.say(fault)
+    return 1 if faults else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,44 +112,51 @@ class Measured:
     missing: int
 
 
-async def _measured(
-    config: Settings, collection: Collection, k: int, chosen: Sequence[Mode], *, in_full: bool
-) -> Measured:
-    """`in_full`: with what the report shows besides the figures."""
-    async with commands.opened(config) as (database, embedder):
+async def _measured(config: Settings, collection: Collection, modes: Sequence[Mode], arguments: Namespace) -> Measured:
+    """The results; for a report with what it shows besides the figures."""
+    k = arguments.k
+    async with commands.opened(config) as (database, embedder), rerank.opened(config) as opened:
+        reranker = rerank.required(opened) if arguments.rerank else None
         if collection.tenant_id is not None:
             await _provide(database, embedder, config, collection, collection.tenant_id)
         missing = await _missing(database, collection)
-        modes: dict[str, Results] = {}
-        for mode in chosen:
-            judged = await _searched(database, embedder, config, collection.questions, k, mode)
-            modes[mode] = Results(judged)
-            if in_full and mode == "vector":
-                tried = statistics.sample(collection.questions, TRIED)
-                with terminal.progress("queries") as bar:
-                    task = bar.add_task("search with other settings", total=len(tried))
-                    alternatives = await evaluation.alternatives(
-                        database, embedder, config, tried, k, partial(bar.advance, task)
-                    )
-            else:
-                alternatives = []
-            if in_full:
-                passages = await _passages(database, embedder, report.worst(judged, k))
-                modes[mode] = Results(judged, alternatives, passages)
-        return Measured(modes, missing)
+        judged = await _searched(
+            collection.questions,
+            evaluation.run(database, embedder, config, collection.questions, k, modes, reranker),
+        )
+        if arguments.report is None:
+            return Measured({mode: Results(each) for mode, each in judged.items()}, missing)
+        results: dict[str, Results] = {}
+        for mode, each in judged.items():
+            passages = await _passages(database, embedder, report.worst(each, k))
+            alternatives = (
+                await _alternatives(database, embedder, config, collection.questions, k) if mode == "vector" else ()
+            )
+            results[mode] = Results(each, alternatives, passages)
+        return Measured(results, missing)
 
 
 async def _searched(
-    database: Database, embedder: Embedder, config: Settings, questions: Sequence[Question], k: int, mode: Mode
-) -> list[Judged]:
-    judged = []
+    questions: Sequence[Question], searches: AsyncGenerator[dict[Mode, Judged], None]
+) -> dict[Mode, list[Judged]]:
+    """The results by mode, with a progress bar."""
+    found = []
     with terminal.progress("queries") as bar:
         task = bar.add_task(f"search for {len(questions)} queries", total=len(questions))
-        async with aclosing(evaluation.run(database, embedder, config, questions, k, mode)) as results:
-            async for one in results:
-                judged.append(one)
+        async with aclosing(searches):
+            async for each in searches:
+                found.append(each)
                 bar.advance(task)
-    return judged
+    return {mode: [each[mode] for each in found] for mode in found[0]}
+
+
+async def _alternatives(
+    database: Database, embedder: Embedder, config: Settings, questions: Sequence[Question], k: int
+) -> list[Alternative]:
+    tried = statistics.sample(questions, TRIED)
+    with terminal.progress("queries") as bar:
+        task = bar.add_task("search with other settings", total=len(tried))
+        return await evaluation.alternatives(database, embedder, config, tried, k, partial(bar.advance, task))
 
 
 async def _passages(
@@ -212,22 +202,16 @@ async def _missing(database: Database, collection: Collection) -> int:
     return missing
 
 
-def _saved(path: Path, collection: Collection, k: int) -> dict[str, Saved]:
-    saved = comparison.read(path, k)
+def _saved(path: Path, collection: Collection, k: int, modes: Sequence[Mode]) -> dict[str, Saved]:
+    """Those of the other run's modes that are compared. Raises BadInput where it has none of ours."""
+    read = comparison.read(path, k)
+    saved: dict[str, Saved] = {mode: read[mode] for mode in modes if mode in read}
+    if not saved:
+        raise BadInput(str(path), f"was searched by {', '.join(read)}; allowed: a run by {' or '.join(modes)}")
     wanted = {(question.id, question.text): Judged(question, {}, 0).expected for question in collection.questions}
     for each in saved.values():
         comparison.check(str(path), each.rows, wanted)
     return saved
-
-
-def _compared(rows: Mapping[str, list[Row]], saved: Mapping[str, Saved]) -> dict[str, tuple[str, Saved, Comparison]]:
-    """Each mode with the same one of the other run; where both have just one, those two."""
-    compared = {}
-    for mode, mine in rows.items():
-        alone = next(iter(saved)) if len(rows) == len(saved) == 1 else mode
-        if alone in saved:
-            compared[mode] = (alone, saved[alone], comparison.compare(mine, saved[alone].rows))
-    return compared
 
 
 def _keyed(documents: Mapping[str, Any]) -> Any:
@@ -240,7 +224,7 @@ def _shown(
     collection: Collection,
     measured: Measured,
     rows: Mapping[str, list[Row]],
-    compared: Mapping[str, tuple[str, Saved, Comparison]],
+    compared: Mapping[str, tuple[Saved, Comparison]],
 ) -> Evaluation:
     tenants = sorted({question.tenant_id for question in collection.questions})
     done = evaluation.scans([one.scan for each in measured.modes.values() for one in each.judged])
@@ -252,6 +236,7 @@ def _shown(
         "scans": ", ".join(f"{count:,} {kind}" for kind, count in done.items() if count),
         "ef_search": str(config.ef_search),
         "exact up to": "as many rows as pays" if config.exact_rows is None else f"{config.exact_rows:,} rows",
+        **({"reranked by": str(config.rerank_model)} if arguments.rerank else {}),
         "expected, not stored": f"{measured.missing:,}",
         "pgrecall": __version__,
     }
@@ -259,10 +244,10 @@ def _shown(
     headings = [
         (
             f"Compared with {arguments.compare.name}" + (f": {mode}" if several else ""),
-            _otherwise(config, theirs, mode),
+            _otherwise(comparison.setup(config, mode, reranked=arguments.rerank), theirs),
             c,
         )
-        for mode, (_, theirs, c) in compared.items()
+        for mode, (theirs, c) in compared.items()
     ]
     first, *others = rows
     headings += [
@@ -276,9 +261,8 @@ def _shown(
     return Evaluation(arguments.path.resolve().name, arguments.k, facts, measured.modes, headings)
 
 
-def _otherwise(config: Settings, theirs: Saved, mode: str) -> str:
+def _otherwise(mine: Mapping[str, Any], theirs: Saved) -> str:
     """What the other run was made with, as far as it differs."""
-    mine = comparison.setup(config, mode)
     other = [
         f"{name} {value} (here {mine[name]})" for name, value in theirs.setup.items() if mine.get(name, value) != value
     ]
@@ -303,40 +287,64 @@ def _write(path: Path, data: bytes) -> None:
     terminal.say(f"wrote {path}")
 
 
-def _show(document: Mapping[str, Any], rows: Sequence[Row], source: str, k: int) -> None:
-    metrics, intervals = document["metrics"], document["intervals"]
-    if rows:
-        terminal.table(
-            "queries, worst nDCG first",
-            [("id", "left"), ("query", "left"), *((name, "right") for name in metrics)],
-            [
-                (row.id, terminal.snippet(row.query), *(f"{row.figures[name]:.3f}" for name in metrics))
-                for row in sorted(rows, key=lambda row: row.figures[f"ndcg@{k}"])
-            ],
-        )
+def _show_queries(rows: Mapping[str, Sequence[Row]], k: int) -> None:
+    """Every query: the figures of one mode, or the nDCG of several side by side."""
+    alone = next(iter(rows)) if len(rows) == 1 else None
+    names = list(evaluation.metric_names(k, alone)) if alone else list(rows)
+    ndcg = f"ndcg@{k}"
+    lines = []
+    for row, *others in zip(*rows.values(), strict=True):
+        values = [row.figures[name] for name in names] if alone else [each.figures[ndcg] for each in (row, *others)]
+        worth = sum(each.figures[ndcg] for each in (row, *others))
+        lines.append((worth, (row.id, terminal.snippet(row.query), *(f"{value:.3f}" for value in values))))
     terminal.table(
-        f"{source}: {document['queries']} queries",
-        [("metric", "left"), ("value", "right"), ("95 % interval", "right")],
+        "queries, worst nDCG first" if alone else f"{ndcg} of each query, worst first",
+        [("id", "left"), ("query", "left"), *((name, "right") for name in names)],
+        [line for _, line in sorted(lines, key=lambda pair: pair[0])],
+    )
+
+
+def _show(documents: Mapping[str, Mapping[str, Any]], source: str) -> None:
+    """The figures: with its interval beside each where there is one mode, below it where there are several."""
+    first, *others = documents.values()
+    names = dict.fromkeys(name for each in documents.values() for name in each["metrics"])
+    headings = [("value", "right"), ("95 % interval", "right")]
+    if others:
+        headings = [(mode, "right") for mode in documents]
+        figures = [(name, *(_stacked(each, name) for each in documents.values())) for name in names]
+    else:
+        figures = [(name, f"{first['metrics'][name]:.3f}", first["intervals"].get(name, "")) for name in names]
+    waits = [
+        (
+            f"latency {name}",
+            *(f"{each['latency_ms'][name]:.1f} ms" for each in documents.values()),
+            *([""] * (not others)),
+        )
+        for name in first["latency_ms"]
+    ]
+    terminal.table(f"{source}: {first['queries']} queries", [("metric", "left"), *headings], [*figures, *waits])
+    for mode, document in documents.items():
+        if "compared" in document:
+            _show_compared(document["compared"], f"{mode} " if others else "")
+
+
+def _stacked(document: Mapping[str, Any], name: str) -> str:
+    if name not in document["metrics"]:
+        return "–"
+    interval = document["intervals"].get(name)
+    return f"{document['metrics'][name]:.3f}" + (f"\n{interval}" if interval else "")
+
+
+def _show_compared(compared: Mapping[str, Any], mode: str) -> None:
+    headings = ("other", "this", "difference", "95 % interval")
+    terminal.table(
+        f"{mode}compared with {compared['other']}",
+        [("metric", "left"), *((heading, "right") for heading in headings)],
         [
-            *((name, f"{value:.3f}", intervals.get(name, "")) for name, value in metrics.items()),
-            *((f"latency {name}", f"{value:.1f} ms", "") for name, value in document["latency_ms"].items()),
+            (name, f"{d['other']:.3f}", f"{d['this']:.3f}", f"{d['difference']:+.4f}", _signed(d["interval"]))
+            for name, d in compared["metrics"].items()
         ],
     )
-    if "compared" in document:
-        terminal.table(
-            f"compared with {document['compared']['other']}",
-            [
-                ("metric", "left"),
-                ("other", "right"),
-                ("this", "right"),
-                ("difference", "right"),
-                ("95 % interval", "right"),
-            ],
-            [
-                (name, f"{d['other']:.3f}", f"{d['this']:.3f}", f"{d['difference']:+.4f}", _signed(d["interval"]))
-                for name, d in document["compared"]["metrics"].items()
-            ],
-        )
 
 
 def _signed(interval: statistics.Interval | None) -> str:

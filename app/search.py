@@ -9,7 +9,7 @@ that a busy tenant's search is one statement. `scans` has the statements.
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from app.conditions import Conditions, where_values
 from app.database import Database
 from app.errors import TimedOut
 from app.fusion import Method, Mixed
+from app.rerank import Stage
 from app.scans import Strategy, Wanted
 from app.settings import Settings
 from app.statements import Rendered, Statement, rendered
@@ -35,11 +36,12 @@ MAX_OVERSAMPLING = 100
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One chunk found, ranked by `score`. `start_offset` counts characters in the document.
+    """One chunk found, ranked by `rank_score`. `start_offset` counts characters in the document.
 
     `similarity` is cosine similarity in [-1, 1], None where words were searched without a vector; `text_score` is BM25,
     above 0, None where the words were not searched or did not find this chunk. `score` is the similarity in the mode
-    `vector`, the text score in `text` and the fused one in `hybrid`.
+    `vector`, the text score in `text` and the fused one in `hybrid`. `rerank_score` is the reranker's, on its model's own
+    scale, None where none was asked.
     """
 
     id: str
@@ -52,6 +54,12 @@ class Hit:
     start_offset: int
     score: float = 0.0
     text_score: float | None = None
+    rerank_score: float | None = None
+
+    @property
+    def rank_score(self) -> float:
+        """What hits are ordered by."""
+        return self.score if self.rerank_score is None else self.rerank_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +87,12 @@ class Step(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Hits, most similar first; ties by id, then by place in the document."""
+    """Hits, best first; ties by id, then by place in the document. `reranking`: milliseconds, None without a reranker."""
 
     hits: list[Hit]
     scan: Scan
     steps: Sequence[Step] = ()
+    reranking: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +128,20 @@ async def search(
     threshold: float | None = None,
     conditions: Conditions | None = None,
     options: Options | None = None,
+    stage: Stage | None = None,
 ) -> Found:
     """The best chunks of `tenant_id`, at least as similar to `embedding` (shape (dimensions,)) as `threshold`.
 
     `question` is what the modes `text` and `hybrid` search the words of; `text` needs no embedding but for a threshold.
+    With a `stage` the candidates are found as without one (grouped where they are to be, so that there are as many
+    documents), then reranked, then chosen for diversity, then cut to top_k. Raises RerankFailed.
     """
     conditions, options = conditions or Conditions(), options or Options()
-    several = min(MAX_TOP_K, max(top_k, diversity.CHOICE * top_k)) if options.diversity else top_k
+    several = top_k
+    if stage is not None:
+        several = max(top_k, stage.candidates)
+    elif options.diversity:
+        several = min(MAX_TOP_K, max(top_k, diversity.CHOICE * top_k))
     laid_out = await layout.of(database, tenant_id)
     dimensions = 0 if embedding is None else len(embedding)
     wanted = Wanted(dimensions, laid_out.kind, threshold is not None, options.grouped, bool(options.diversity))
@@ -153,9 +169,24 @@ async def search(
         asked |= {"vector_weight": options.vector_weight, "text_weight": options.text_weight}
     walk = _Walk(database, tenant_id, conditions, wanted, asked, options)
     found = await _words(walk) if options.mode == "text" else await _nearest(walk, plan, threshold)
+    if stage is not None:
+        found = await _reranked(walk, found, stage)
     if options.diversity:
-        return found._replace(hits=diversity.chosen(found.hits, walk.vectors, top_k, options.diversity))
-    return found
+        scores = [hit.rank_score for hit in found.hits]
+        return found._replace(hits=diversity.chosen(found.hits, scores, walk.vectors, top_k, options.diversity))
+    return found._replace(hits=found.hits[:top_k])
+
+
+async def _reranked(walk: "_Walk", found: Found, stage: Stage) -> Found:
+    """The hits by the reranker's scores, equal ones in the order they had. Holds no connection."""
+    begun = time.perf_counter()
+    scores = await stage.reranker.scores(stage.query, [hit.content for hit in found.hits])
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    walk.vectors = [walk.vectors[index] for index in order] if walk.vectors else []
+    return found._replace(
+        hits=[replace(found.hits[index], rerank_score=scores[index]) for index in order],
+        reranking=1000 * (time.perf_counter() - begun),
+    )
 
 
 class _Plan(NamedTuple):

@@ -42,7 +42,7 @@ def variable(field: str) -> str:
 
 
 UNPREFIXED = frozenset({"database_url", "database_read_url", "openai_api_key", "openai_base_url"})
-SECRET = frozenset({"openai_api_key"})
+SECRET = frozenset({"openai_api_key", "rerank_key"})
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +68,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chunk_max_tokens: Annotated[int, Meta(ge=16, le=8000)] = 200
     chunk_overlap_tokens: Annotated[int, Meta(ge=0, le=4000)] = 40
     request_tokens: Annotated[int, Meta(ge=1_000, le=100_000_000)] = 250_000
+
+    rerank_url: HttpUrl | None = None
+    rerank_model: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    rerank_key: Annotated[str, Meta(min_length=1)] | None = None
 
     chat_model: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     chat_timeout: Annotated[float, Meta(gt=0, le=600)] = 60.0
@@ -158,6 +162,10 @@ def _check_together(settings: Settings) -> None:
             f"PGRECALL_CHUNK_OVERLAP_TOKENS: {settings.chunk_overlap_tokens} is too much; "
             f"allowed: at most half of PGRECALL_CHUNK_MAX_TOKENS ({settings.chunk_max_tokens})"
         )
+    if settings.rerank_url is not None and settings.rerank_model is None:
+        raise WrongSetting("PGRECALL_RERANK_MODEL: is not set; allowed: the name of a model of PGRECALL_RERANK_URL")
+    if settings.rerank_url is None and (settings.rerank_model or settings.rerank_key) is not None:
+        raise WrongSetting("PGRECALL_RERANK_URL: is not set; allowed: the address to which /rerank is added")
     if settings.uses_openai and settings.embedding_model == LOCAL_MODEL:
         raise WrongSetting(
             f"PGRECALL_EMBEDDING_MODEL: {LOCAL_MODEL!r} is the model inside the package; allowed with a server: one of its "

@@ -41,7 +41,7 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequenc
 
 def hits(title: str, found: Sequence[Hit]) -> None:
     """Search results: rank, score, document, snippet."""
-    rows = [(rank, f"{hit.score:.3f}", hit.id, snippet(hit.content)) for rank, hit in enumerate(found, 1)]
+    rows = [(rank, f"{hit.rank_score:.3f}", hit.id, snippet(hit.content)) for rank, hit in enumerate(found, 1)]
     table(title, [("rank", "right"), ("score", "right"), ("document", "left"), ("snippet", "left")], rows)
 
 

@@ -8,18 +8,21 @@
 
 Texts that share words get similar vectors; the same text always gets the same one. Like the real server it refuses
 empty texts, more than 2,048 inputs, 8,192 tokens in one of them, 300,000 in all, and `dimensions` for ada-002.
+
+`/v1/rerank` speaks the contract of Cohere, Jina and vLLM: results best first, by `relevance`.
 """
 
 import base64
 import functools
 import hashlib
 import json
+import math
 import re
 import select
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +33,7 @@ import numpy.typing as npt
 
 EMBEDDINGS = "/v1/embeddings"
 CHAT = "/v1/chat/completions"
+RERANK = "/v1/rerank"
 
 Kind = Literal[
     "status",  # answer `status` with `headers`
@@ -45,8 +49,13 @@ Kind = Literal[
     "index",  # the last embedding claims index 0
     "stream_cut",  # the connection is closed after `after` tokens
     "stream_error",  # an error event after `after` tokens
+    "rerank_missing",  # the worst result is left out
+    "rerank_index",  # the best result has an index beyond the documents
+    "rerank_twice",  # the worst result claims the index of the best
+    "rerank_nan",  # the best score is NaN
 ]
 FAULTS_OF_EMBEDDINGS = frozenset({"count", "dimension", "nan", "inf", "zero", "shuffle", "index"})
+FAULTS_OF_RERANKS = frozenset({"rerank_missing", "rerank_index", "rerank_twice", "rerank_nan"})
 FAULTS_OF_STREAMS = frozenset({"stream_cut", "stream_error"})
 
 
@@ -91,6 +100,7 @@ class OpenAIServer:
         self.refuses_encoding = False  # 400 for `encoding_format`
         self.models: set[str] | None = None  # 404 for any other
         self.key: str | None = None  # 401 for any other
+        self.relevance: Callable[[str, str], float] = _overlap  # of a text to a question
         self.calls: list[Call] = []
         self.peak_in_flight = 0
         self._in_flight = 0
@@ -115,6 +125,8 @@ class OpenAIServer:
             path = EMBEDDINGS
         elif kind in FAULTS_OF_STREAMS:
             path = CHAT
+        elif kind in FAULTS_OF_RERANKS:
+            path = RERANK
         with self._lock:
             self._faults += [Fault(kind, path, status, headers or {}, seconds, count, index, after)] * times
 
@@ -125,6 +137,10 @@ class OpenAIServer:
     @property
     def chat_calls(self) -> list[Call]:
         return [call for call in self.calls if call.path == CHAT]
+
+    @property
+    def rerank_calls(self) -> list[Call]:
+        return [call for call in self.calls if call.path == RERANK]
 
     @property
     def embedded(self) -> list[str]:
@@ -219,11 +235,12 @@ class _Handler(BaseHTTPRequestHandler):
             return 401, _error("Incorrect API key provided.")
         if self.fake.models is not None and body["model"] not in self.fake.models:
             return 404, _error(f"model {body['model']!r} not found, try pulling it first")
-        if self.path == EMBEDDINGS:
-            return _embeddings(body, self.fake, fault)
-        if self.path == CHAT:
-            return 200, _completion(body, self.fake.answer)
-        return 404, _error(f"no such route {self.path}")
+        replies = {
+            EMBEDDINGS: lambda: _embeddings(body, self.fake, fault),
+            CHAT: lambda: (200, _completion(body, self.fake.answer)),
+            RERANK: lambda: (200, _ranking(body, self.fake, fault)),
+        }
+        return replies.get(self.path, lambda: (404, _error(f"no such route {self.path}")))()
 
     def _send(self, call: Call, fault: Fault | None, reply: tuple[int, dict[str, Any]]) -> None:
         status, answer = reply
@@ -366,6 +383,27 @@ def _encoded(vector: npt.NDArray[np.float32], body: dict[str, Any]) -> str | lis
     if body.get("encoding_format") == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return [float(number) for number in vector]
+
+
+def _ranking(body: dict[str, Any], fake: OpenAIServer, fault: Fault | None) -> dict[str, Any]:
+    results = [
+        {"index": index, "document": {"text": text}, "relevance_score": fake.relevance(body["query"], text)}
+        for index, text in enumerate(body["documents"])
+    ]
+    results.sort(key=lambda each: -each["relevance_score"])
+    if fault and fault.kind == "rerank_missing":
+        results.pop()
+    elif fault and fault.kind == "rerank_index":
+        results[0]["index"] = len(results)
+    elif fault and fault.kind == "rerank_twice":
+        results[-1]["index"] = results[0]["index"]
+    elif fault and fault.kind == "rerank_nan":
+        results[0]["relevance_score"] = math.nan
+    return {"id": "rerank-1", "results": results[: body["top_n"]], "meta": {"billed_units": {"search_units": 1}}}
+
+
+def _overlap(query: str, text: str) -> float:
+    return len(set(query.lower().split()) & set(text.lower().split())) - 2.5
 
 
 def _tokens(answer: str | Sequence[str]) -> list[str]:

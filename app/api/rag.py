@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 
 from app import questions, rag, search, text
 from app.api import operations, problems
-from app.api.search import FOUND, After, Before, DocType, Metadata, TenantId, Threshold, TopK, asked
+from app.api.search import FOUND, After, Before, DocType, Metadata, Rerank, TenantId, Threshold, TopK, asked, stage
 from app.api.service import Service
 from app.chat import Usage
 from app.drafts import check_text
@@ -40,6 +40,7 @@ class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults
     )
     stream: Annotated[bool, Meta(description="Answer with server-sent events.")] = False
     mode: Annotated[search.Mode, Meta(description="How the sources are searched, as in /search.")] = "vector"
+    rerank: Rerank = False
     top_k: TopK = 5
     threshold: Threshold | None = None
     doc_type: DocType = None
@@ -90,6 +91,7 @@ async def answer_question(
     each piece, then `event: usage` or `event: error`, and `data: [DONE]` last.
     """
     narrowed = asked(data)
+    reranking = stage(service.reranker, data.rerank, data.question)
     if data.system_prompt is not None:
         check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
     vector = await _attended(request, _question(service, data))
@@ -104,6 +106,7 @@ async def answer_question(
         threshold=data.threshold,
         conditions=narrowed,
         options=search.Options(mode=data.mode),
+        stage=reranking,
     )
     parts = (service.chat, service.embedder, data.question, found.hits)
     options: dict[str, Any] = {"system_prompt": data.system_prompt, "settings": service.settings}

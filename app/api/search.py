@@ -16,7 +16,7 @@ from litestar.openapi.spec import Example
 from litestar.params import Body
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from app import explanation, filters, questions, scans, search, tenants
+from app import explanation, filters, questions, rerank, scans, search, tenants
 from app.api import operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
@@ -24,6 +24,7 @@ from app.drafts import MAX_QUERY_BYTES, check_moment, check_range, check_text, c
 from app.errors import BadInput
 from app.explanation import Explanation
 from app.questions import Embedded
+from app.rerank import Reranker, Stage
 from app.search import Hit, Options, Scan
 
 MAX_DOC_TYPES = 1_000
@@ -85,6 +86,24 @@ Weight = Annotated[
 ]
 
 
+class Reranking(Struct, forbid_unknown_fields=True):
+    """How to rerank."""
+
+    candidates: Annotated[
+        int,
+        Meta(
+            description="Chunks the reranker scores; at least top_k.",
+            extra_json_schema={"extra": {"minimum": 1, "maximum": rerank.MAX_CANDIDATES}},
+        ),
+    ] = rerank.CANDIDATES
+
+
+Rerank = Annotated[
+    bool | Reranking,
+    Meta(description="Have the configured reranker order the candidates by its own score (rerank_score)."),
+]
+
+
 class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to search for: `query` (embedded here) or `embedding` (a vector of the database's model)."""
 
@@ -116,6 +135,7 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
             extra_json_schema={"extra": {"minimum": 0, "maximum": 1}},
         ),
     ] = 0.0
+    rerank: Rerank = False
     group_by: Annotated[Literal["id"] | None, Meta(description="id: the best chunk of each document.")] = None
     exact: Annotated[bool, Meta(description="Measure every chunk that passes instead of walking the index.")] = False
     ef_search: EfSearch = None
@@ -130,7 +150,7 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
 
 
 class SearchResponse(Struct):
-    """Chunks by score, best first; ties by id, then by place. `scan` says how they were found."""
+    """Chunks by score (the reranker's where one was asked), best first; ties by id, then by place. `scan`: how they were found."""
 
     results: list[Hit]
     count: int
@@ -194,6 +214,17 @@ def conditions(
         created_after=created_after,
         created_before=created_before,
     )
+
+
+def stage(reranker: Reranker | None, asked: bool | Reranking, query: str | None) -> Stage | None:
+    """What the reranker is to do, None where it was not asked. Raises BadInput."""
+    if asked is False:
+        return None
+    candidates = asked.candidates if isinstance(asked, Reranking) else rerank.CANDIDATES
+    check_range("rerank.candidates", candidates, 1, rerank.MAX_CANDIDATES)
+    if query is None:
+        raise BadInput("query", "is missing; the reranker reads it, also beside an embedding")
+    return Stage(rerank.required(reranker), query, candidates)
 
 
 EXAMPLE = SearchRequest(
@@ -268,18 +299,19 @@ async def _answers(service: Service, searches: Sequence[SearchRequest], places: 
     checked = []
     for data, place in zip(searches, places, strict=True):
         try:
-            checked.append((asked(data), _options(data), _given(service, data)))
+            reranking = stage(service.reranker, data.rerank, data.query)
+            checked.append((asked(data), _options(data), reranking, _given(service, data)))
         except BadInput as error:
             raise (error.under(place) if place else error) from None
     begun = time.perf_counter()
-    vectors = await _embedded(service, searches, places, [given for _, _, given in checked])
+    vectors = await _embedded(service, searches, places, [given for *_, given in checked])
     embedding = 1000 * (time.perf_counter() - begun)
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def answered(index: int) -> SearchResponse:
         async with turn:
-            narrowed, options, _ = checked[index]
-            return await _answer(service, searches[index], narrowed, options, vectors[index], embedding)
+            narrowed, options, reranking, _ = checked[index]
+            return await _answer(service, searches[index], narrowed, options, reranking, vectors[index], embedding)
 
     if len(searches) == 1:
         return [await answered(0)]
@@ -291,6 +323,7 @@ async def _answer(
     data: SearchRequest,
     narrowed: Conditions,
     options: Options,
+    reranking: Stage | None,
     embedded: Embedded | None,
     embedding: float,
 ) -> SearchResponse:
@@ -305,6 +338,7 @@ async def _answer(
         threshold=data.threshold,
         conditions=narrowed,
         options=options,
+        stage=reranking,
     )
     response = SearchResponse(found.hits, len(found.hits), found.scan)
     if data.explain:
@@ -323,7 +357,9 @@ async def _answer(
 
 def _given(service: Service, data: SearchRequest) -> npt.NDArray[np.float32] | None:
     """The vector that came with a search, checked. Raises BadInput where the mode asks for something else."""
-    if data.mode == "vector" and (data.query is None) == (data.embedding is None):
+    both = data.query is not None and data.embedding is not None
+    neither = data.query is None and data.embedding is None
+    if data.mode == "vector" and (neither or (both and not data.rerank)):
         raise BadInput("query", "give either query or embedding, not both and not neither")
     if data.mode != "vector" and data.query is None:
         raise BadInput("query", f"is missing; the mode {data.mode} searches its words")

@@ -6,6 +6,7 @@ from app import schema
 from app.chat import ChatModel
 from app.database import Database
 from app.embedding import Embedder
+from app.rerank import Reranker
 from app.schema import Readiness
 from app.settings import Settings
 
@@ -18,6 +19,7 @@ class Service:
     database: Database
     embedder: Embedder
     chat: ChatModel | None
+    reranker: Reranker | None = None
     _passed: bool = field(default=False, init=False)
 
     async def check(self) -> Readiness:

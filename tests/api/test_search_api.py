@@ -51,6 +51,7 @@ async def test_the_most_similar_come_first_with_everything_a_caller_needs(client
         "start_offset",
         "score",
         "text_score",
+        "rerank_score",
     }
     assert first["score"] == first["similarity"]
     assert first["doc_type"] == "faq"

@@ -209,10 +209,10 @@ def test_the_readmes_commands_give_what_it_shows_on_a_postgresql_of_ones_own_too
 
 
 def test_a_server_of_ones_own_embeds_searches_and_answers_as_the_page_on_models_shows(shell, root, openai):
-    openai.models = {"granite-embedding:278m", "bge-m3", "llama3.1"}
+    openai.models = {"granite-embedding:278m", "bge-m3", "llama3.1", "BAAI/bge-reranker-v2-m3"}
     openai.only_dimensions = 768
     openai.answer = "Open Settings, choose Security [Source 1] and press Reset [Source 7]."
-    shell.places = {"http://localhost:11434/v1": openai.url}
+    shell.places = {"http://localhost:11434/v1": openai.url, "http://localhost:8001/v1": openai.url}
     page = (root / "docs/models.md").read_text()
     check(shell, page)
     _, said = shell.run(next(command for command, _ in commands(page) if "curl -sN" in command))

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from app import evaluation
 from app.__main__ import main
 from app.local import SERVICE
 from app.settings import Settings
@@ -22,7 +23,7 @@ CORPUS = [
 ]
 QUERIES = [
     {"_id": "q1", "text": "What do otters eat?"},
-    {"_id": "q2", "text": "How do I start the car?"},
+    {"_id": "q2", "text": "How do I make the car go?"},
     {"_id": "q3", "text": "How long does dough rise?"},
     {"_id": "q4", "text": "nobody judged this"},
 ]
@@ -65,7 +66,7 @@ def write(path, rows, name):
 
 
 def test_a_folder_is_ingested_once_and_measured(run, folder):
-    status, out, err = run("evaluate", folder, "-k", "1", "--json")
+    status, out, err = run("evaluate", folder, "-k", "1", "--mode", "vector", "--json")
     report = json.loads(out)
     assert status == 0
     assert "tenant eval-small: 4 created, 0 updated, 0 unchanged; chunks: 4 embedded" in err
@@ -84,26 +85,80 @@ def test_a_folder_is_ingested_once_and_measured(run, folder):
         "scans": {"exact": 3, "index": 0, "completed": 0},
     }
 
-    status, out, err = run("evaluate", folder)
+    status, out, err = run("evaluate", folder, "--mode", "vector")
     assert "tenant eval-small: 0 created, 0 updated, 4 unchanged" in err
     assert "small: 3 queries" in out
-    for shown in ("recall@10", "mrr", "ndcg@10", "mean_similarity", "latency p50", "latency p95"):
+    for shown in ("recall@10", "mrr", "ndcg@10", "mean_similarity", "95 % interval", "latency p50", "latency p95"):
         assert shown in out
     assert "What do otters eat?" not in out
 
 
+def test_vector_text_and_hybrid_stand_side_by_side_by_default(run, folder):
+    status, out, _ = run("evaluate", folder, "-k", "1", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert list(report) == ["vector", "text", "hybrid"]
+    assert [each["metrics"]["mrr"] for each in report.values()] == pytest.approx([2 / 3, 1 / 3, 2 / 3])
+    assert "mean_similarity" in report["hybrid"]["metrics"]
+    assert "mean_similarity" not in report["text"]["metrics"]  # words have none
+    assert report["text"]["scans"]["text"] == 3
+    out = run("evaluate", folder)[1]
+    assert re.search(r"metric +┃ +vector +┃ +text +┃ +hybrid", out)
+    assert re.search(r"mean_similarity +│ +0\.\d+ +│ +– +│ +0\.\d+", out)
+    out = run("evaluate", folder, "--per-query")[1]
+    assert "ndcg@10 of each query, worst first" in out
+    assert out.index("q3") < out.index("q1")
+
+
+@pytest.mark.parametrize(("modes", "embedded", "searches"), [(["text"], 0, 3), (["text", "text"], 0, 3), ([], 3, 9)])
+def test_a_question_is_embedded_and_searched_no_more_than_needed(run, folder, monkeypatch, modes, embedded, searches):
+    counts = {"embedded": 0, "searches": 0}
+
+    def counted(name, module, function):
+        was = getattr(module, function)
+
+        async def call(*arguments, **options):
+            counts[name] += 1
+            return await was(*arguments, **options)
+
+        monkeypatch.setattr(module, function, call)
+
+    counted("embedded", evaluation, "question_vector")
+    counted("searches", evaluation.search, "search")
+    assert run("evaluate", folder, *(part for mode in modes for part in ("--mode", mode)))[0] == 0
+    assert counts == {"embedded": embedded, "searches": searches}
+
+
+def test_a_reranker_orders_what_each_mode_finds(run, folder, tmp_path, openai, monkeypatch):
+    status, _, err = run("evaluate", folder, "--rerank")
+    assert status == 2
+    assert "rerank: no reranker is configured; allowed with PGRECALL_RERANK_URL and PGRECALL_RERANK_MODEL" in err
+    monkeypatch.setenv("PGRECALL_RERANK_URL", openai.url)
+    monkeypatch.setenv("PGRECALL_RERANK_MODEL", "bge-reranker")
+    openai.relevance = lambda _, text: float("Moon" in text)
+    assert json.loads(run("search", "dough", "--tenant", "eval-small", "--json")[1])["count"] == 0  # nothing was stored
+    status, out, _ = run("evaluate", folder, "-k", "1", "--rerank", "--json", "--save", tmp_path / "reranked.json")
+    assert status == 0
+    # the moon is put first wherever it is found, which is right for q3 and wrong for the others; words do not find it
+    assert [each["metrics"]["mrr"] for each in json.loads(out).values()] == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    assert json.loads((tmp_path / "reranked.json").read_text())["text"]["setup"]["rerank"] == "bge-reranker"
+    hits = json.loads(run("search", "dough", "--tenant", "eval-small", "--rerank", "--json")[1])["results"]
+    assert (hits[0]["id"], hits[0]["rerank_score"]) == ("moon", 1.0)
+    assert "moon" in run("ask", "How long does dough rise?", "--tenant", "eval-small", "--rerank")[1]
+
+
 def test_each_query_on_demand(run, folder):
-    report = json.loads(run("evaluate", folder, "--per-query", "--json", "-k", "2")[1])
+    report = json.loads(run("evaluate", folder, "--mode", "vector", "--per-query", "--json", "-k", "2")[1])
     assert [row["id"] for row in report["per_query"]] == ["q1", "q2", "q3"]
     first = report["per_query"][0]
     assert (first["query"], first["tenant_id"], first["expected"]) == ("What do otters eat?", "eval-small", ["otters"])
     assert (first["found"][0], len(first["found"]), first["recall@2"], first["mrr"]) == ("otters", 2, 1, 1)
-    out = run("evaluate", folder, "--per-query", "-k", "2")[1]
+    out = run("evaluate", folder, "--mode", "vector", "--per-query", "-k", "2")[1]
     assert out.index("q3") < out.index("q1")
 
 
 def test_a_figure_under_its_floor_fails(run, folder):
-    command = ("evaluate", folder, "--fail-under", "recall@10=0.5", "--fail-under", "mrr=0.9")
+    command = ("evaluate", folder, "--mode", "vector", "--fail-under", "recall@10=0.5", "--fail-under", "mrr=0.9")
     status, out, err = run(*command)
     assert status == 1
     assert "recall@10" in out
@@ -111,15 +166,29 @@ def test_a_figure_under_its_floor_fails(run, folder):
     assert len(lines) == 1
     assert lines[0].startswith("mrr is 0.")
     assert lines[0].endswith(", under 0.9")
-    assert run("evaluate", folder, "--fail-under", "recall@10=1")[0] == 0
+    assert run("evaluate", folder, "--mode", "hybrid", "--fail-under", "recall@10=1")[0] == 0
+
+
+def test_a_floor_holds_for_the_mode_it_names_or_for_each(run, folder):
+    # by words the engine is not found: the question shares none with it
+    assert run("evaluate", folder, "-k", "1", "--fail-under", "vector:mrr=0.6")[0] == 0
+    status, _, err = run("evaluate", folder, "-k", "1", "--fail-under", "mrr=0.6", "--fail-under", "hybrid:mrr=0.7")
+    assert status == 1
+    faults = [line.split(" is ")[0] for line in err.splitlines() if "under" in line]
+    assert faults == ["text:mrr", "hybrid:mrr"]
+    assert run("evaluate", folder, "-k", "1", "--fail-under", "mean_similarity=0.1")[0] == 0
 
 
 @pytest.mark.parametrize(
     ("floor", "fault"),
-    [("recall@5=0.8", "recall@10, mrr, ndcg@10, mean_similarity"), ("speed=0.5", "there is no 'speed'")],
+    [
+        ("recall@5=0.8", "recall@10, mrr, ndcg@10, mean_similarity, also after vector:, hybrid:"),
+        ("speed=0.5", "there is no 'speed'"),
+        ("text:mrr=0.5", "there is no 'text:mrr'"),
+    ],
 )
 def test_a_floor_for_a_figure_that_is_not_there_is_refused(run, folder, floor, fault):
-    status, _, err = run("evaluate", folder, "--fail-under", floor)
+    status, _, err = run("evaluate", folder, "--mode", "vector", "--mode", "hybrid", "--fail-under", floor)
     assert status == 2
     assert fault in err
 
@@ -142,7 +211,7 @@ def test_a_file_is_measured_where_its_documents_are(run, folder, tmp_path):
         ],
         "judged.jsonl",
     )
-    status, out, err = run("evaluate", path, "--tenant", "acme", "--json")
+    status, out, err = run("evaluate", path, "--tenant", "acme", "--mode", "vector", "--json")
     report = json.loads(out)
     assert (status, report["queries"], report["missing_documents"]) == (0, 2, 1)
     assert report["metrics"]["recall@10"] == pytest.approx(0.75)
@@ -154,7 +223,7 @@ def test_documents_that_cannot_be_stored_or_do_not_belong_are_named(run, folder)
     write(folder, [*CORPUS[:3], {"_id": "empty", "text": " "}, CORPUS[3] | {"_id": "luna"}], "corpus.jsonl")
     (folder / "qrels.tsv").write_text("q1\totters\t1\nq3\tempty\t1\n")
     status, out, err = run("evaluate", folder, "--json")
-    assert (status, json.loads(out)["missing_documents"]) == (0, 1)
+    assert (status, json.loads(out)["hybrid"]["missing_documents"]) == (0, 1)
     assert "skipped document empty: content: is empty" in err
     assert "documents of tenant eval-small that are not in the folder: 1;" in err
     assert "expected documents that tenant eval-small does not have: 1, such as 'empty'" in err
@@ -183,16 +252,31 @@ def test_a_run_is_saved_shown_and_compared_with(run, folder, tmp_path):
     assert f"wrote {before}" in err
     write(folder, [CORPUS[0] | {"text": "Nothing about animals."}, *CORPUS[1:]], "corpus.jsonl")
     status, out, err = run("evaluate", folder, "-k", "1", "--compare", before, "--report", page, "--json")
-    compared = json.loads(out)["compared"]
+    report = json.loads(out)
     assert status == 0
-    assert compared["metrics"]["recall@1"]["difference"] == 0
-    assert compared["metrics"]["mean_similarity"]["difference"] < 0
+    assert list(report) == ["vector", "text", "hybrid"]
+    for mode, each in report.items():
+        assert each["compared"]["setup"]["mode"] == mode
+        assert each["compared"]["metrics"]["recall@1"]["difference"] <= 0
+    assert report["vector"]["compared"]["metrics"]["mean_similarity"]["difference"] < 0
+    assert "mean_similarity" not in report["text"]["compared"]["metrics"]
     html = page.read_text()
-    for shown in ("What do otters eat?", "Compared with before.json", "ef_search 400", "Nothing about animals."):
+    for shown in ("What do otters eat?", "Compared with before.json: text", "ef_search 400", "Nothing about animals."):
         assert shown in html
+    assert "hybrid against vector" in html
     out = run("evaluate", folder, "-k", "1", "--compare", before)[1]
-    assert "compared with" in out
+    assert [f"{mode} compared with" in out for mode in ("vector", "text", "hybrid")] == [True] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["before.json", "report.html", "small"]
+
+
+def test_a_mode_is_compared_with_the_same_one_only(run, folder, tmp_path):
+    before = tmp_path / "before.json"
+    run("evaluate", folder, "--mode", "vector", "--save", before)
+    report = json.loads(run("evaluate", folder, "--compare", before, "--json")[1])
+    assert [mode for mode, each in report.items() if "compared" in each] == ["vector"]
+    status, _, err = run("evaluate", folder, "--mode", "text", "--mode", "hybrid", "--compare", before)
+    assert status == 2
+    assert "before.json: was searched by vector; allowed: a run by text or hybrid" in err
 
 
 def test_a_run_of_other_queries_is_refused_before_anything_is_stored(run, folder, tmp_path):
@@ -237,6 +321,7 @@ def test_the_index_is_checked_without_judgements(run, folder):
         ([], "path: is missing; allowed: a file or folder of judged queries, or --ann"),
         (["--ann", "judged.jsonl"], "--ann: takes no path"),
         (["--ann", "--per-query"], "--ann: takes no per-query"),
+        (["--ann", "--rerank"], "--ann: takes no rerank"),
         (["--ann", "--tenant", "nobody"], "--tenant: tenant nobody has no chunks to sample"),
         (["--ann", "--fail-under", "mrr=0.5"], "there is no 'mrr' with -k 10; allowed: recall@10"),
     ],

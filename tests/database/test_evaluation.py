@@ -10,6 +10,7 @@ from app.search import Scan
 from tests.conftest import DIMENSIONS
 
 QUERY = np.eye(1, DIMENSIONS, dtype=np.float32)[0]
+ASKED = Question("1", "one", "t", {"long": 1}, "f:1")
 
 
 def add(owner, document, similarities):
@@ -32,16 +33,16 @@ async def test_a_document_of_many_chunks_hides_no_other(database, settings, owne
     for n in range(12):
         add(owner, f"short{n:02}", [0.1, 0.8 - n / 100])
     changed = replace(settings, exact_rows=exact_rows)
-    found, scan = await evaluation.best_documents(database, changed, "t", QUERY, 10)
+    found, scan = await evaluation.best_documents(database, changed, ASKED, QUERY, 10)
     assert (scan == Scan("exact")) == (exact_rows == 5_000)
     assert list(found) == ["long", *(f"short{n:02}" for n in range(9))]
     assert list(found.values()) == pytest.approx([0.99, *(0.8 - n / 100 for n in range(9))], abs=1e-3)
 
 
 async def test_fewer_documents_than_asked_for_and_none(database, settings, owner):
-    assert await evaluation.best_documents(database, settings, "t", QUERY, 10) == ({}, Scan("exact"))
+    assert await evaluation.best_documents(database, settings, ASKED, QUERY, 10) == ({}, Scan("exact"))
     add(owner, "a", [0.5] * 30)
-    assert list((await evaluation.best_documents(database, settings, "t", QUERY, 10)).found) == ["a"]
+    assert list((await evaluation.best_documents(database, settings, ASKED, QUERY, 10)).found) == ["a"]
 
 
 async def test_stored_tells_how_many_there_are_and_which_of_those_asked_for(database, owner):

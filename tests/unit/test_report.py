@@ -12,6 +12,7 @@ from app.errors import BadInput
 from app.evaluation import Alternative, Judged, Passage
 from app.judgements import Question
 from app.report import Evaluation, Results
+from app.search import Scan
 
 HOSTILE = "</style></svg><script src=http://evil.example/x.js>alert(1)</script>\"'><img src=x onerror=alert(1)>\x00\x1b[31m\u202e&amp;"
 VOID = {"meta", "link", "br", "wbr"}
@@ -122,12 +123,15 @@ def test_the_worst_come_first_and_the_surest_of_them_before():
 
 def test_modes_and_runs_stand_side_by_side():
     found = comparison.compare(rows(GOOD), rows(WORSE))
+    worded = [one._replace(found=dict.fromkeys(one.found), scan=Scan("text")) for one in WORSE]
     shown = Page(
-        page(modes={"vector": Results(GOOD), "text": Results(WORSE)}, compared=[("Compared with old.json", "", found)])
+        page(modes={"vector": Results(GOOD), "text": Results(worded)}, compared=[("Compared with old.json", "", found)])
     )
     for text in ("vector", "Similarity and speed: vector", "Worst queries: text", "Compared with old.json", "+0.5000"):
         assert text in shown.text
     assert "a: not found → 2" in shown.text
+    assert "Similarity and speed: text" not in shown.text  # words measure no similarity
+    assert list(comparison.compare(rows(worded), rows(GOOD)).differences) == ["recall@10", "mrr", "ndcg@10"]
 
 
 def test_differences_are_paired_and_the_queries_that_moved_are_named():

@@ -40,6 +40,8 @@ def test_defaults_need_no_environment():
         ),
         ({"OPENAI_BASE_URL": "https://h/deployments/d?api-version=1"}, ["OPENAI_BASE_URL", "without a query"]),
         ({"PGRECALL_EMBEDDING_MODEL": "x"}, ["PGRECALL_EMBEDDING_MODEL", "OPENAI_API_KEY"]),
+        ({"PGRECALL_RERANK_URL": "http://h/v1"}, ["PGRECALL_RERANK_MODEL", "is not set"]),
+        ({"PGRECALL_RERANK_KEY": "hidden"}, ["PGRECALL_RERANK_URL", "is not set"]),
         ({"PGRECALL_CHUNK_MAX_TOKENS": "255"}, ["PGRECALL_CHUNK_MAX_TOKENS", "16 to 254"]),
     ],
 )
@@ -54,6 +56,7 @@ def test_a_wrong_value_names_the_setting_the_fault_and_what_is_allowed(environme
 @pytest.mark.parametrize("field", [field.name for field in msgspec.structs.fields(Settings)])
 def test_every_setting_can_be_set(field):
     base = {"OPENAI_API_KEY": "k", "PGRECALL_EMBEDDING_DIMENSIONS": "8"}
+    base |= {"PGRECALL_RERANK_URL": "http://r", "PGRECALL_RERANK_MODEL": "m"}
     seen = set()
     for text in ("postgresql://u@h/d", "http://h/v1", "openai", "debug", "x", "7", "120", "2000", "0.25", "false"):
         with contextlib.suppress(WrongSetting):
@@ -75,6 +78,7 @@ def test_a_key_or_a_base_url_switches_to_the_server():
 
 def test_secrets_are_masked():
     assert settings.masked("openai_api_key", "sk-123") == "********"
+    assert settings.masked("rerank_key", "rk-123") == "********"
     assert settings.masked("database_url", "postgresql://u:pw@h:5/d?x=1") == "postgresql://u:********@h:5/d?x=1"
     assert settings.masked("database_url", "postgresql://u@h/d") == "postgresql://u@h/d"
     assert settings.masked("database_url", "postgresql://h/d?user=u&password=pw&x=1").endswith("&password=********&x=1")

@@ -11,6 +11,7 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Float,
+    FromClause,
     Integer,
     Select,
     Text,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION, distinct_on
+from sqlalchemy.sql.selectable import LateralFromClause
 
 from app import scans, text
 from app.conditions import Conditions
@@ -94,6 +96,7 @@ def _fused(hit: CTE, words: CTE, method: Method) -> CTE:
         )
         .select_from(vector.join(worded, same, full=True))
         .cte("fused")
+        .prefix_with("MATERIALIZED")
     )
 
 
@@ -106,44 +109,41 @@ def _share(method: Method, score: ColumnElement[Any], order: ColumnElement[Any],
 
 
 def _shown(fused: CTE, size: CTE, mixed: Mixed) -> Select[Any]:
-    chunk, source = tenant_documents, tenant_sources
-    tenant = bindparam("tenant_id", type_=Text)
-    similarity: ColumnElement[Any] = cast(null(), DOUBLE_PRECISION)
-    if mixed.similarity:
-        query = bindparam("embedding", type_=Vector(mixed.wanted.dimensions))
-        similarity = 1 - chunk.c.embedding.cosine_distance(query)
-    placed = (
-        select(
-            fused.c.id,
-            fused.c.chunk_key,
-            fused.c.text_score,
-            fused.c.score,
-            similarity.label("similarity"),
-            chunk.c.content,
-            chunk.c.doc_type,
-            chunk.c.metadata,
-            chunk.c.created_at,
-            *([chunk.c.embedding] if mixed.wanted.vectors else []),
-        )
-        .join(chunk, and_(chunk.c.id == fused.c.id, chunk.c.chunk_key == fused.c.chunk_key))
-        .where(chunk.c.tenant_id == tenant)
-    )
+    """The best with what a caller sees of a chunk; at least one row: `candidates` stands in each."""
+    passing: FromClause = fused
     if mixed.wanted.thresholded:
-        placed = placed.where(similarity >= bindparam("threshold", type_=Float))
+        near = _chunk(fused, _similarity(mixed).label("similarity"))
+        above = near.c.similarity >= bindparam("threshold", type_=Float)
+        passing = select(fused).select_from(fused.join(near, true())).where(above).subquery("passing")
+    ordered = (passing.c.score.desc(), passing.c.id, passing.c.chunk_key)
+    best = select(passing).order_by(*ordered)
     if mixed.wanted.grouped:
-        placed = placed.ext(distinct_on(fused.c.id)).order_by(fused.c.id, fused.c.score.desc(), fused.c.chunk_key)
-    every = placed.subquery("placed")
-    top = select(every).order_by(every.c.score.desc(), every.c.id, every.c.chunk_key)
-    best = top.limit(bindparam("top_k", type_=Integer)).subquery("best")
-    place = func.array_position(source.c.chunk_keys, best.c.chunk_key)
+        first = select(passing).ext(distinct_on(passing.c.id)).order_by(passing.c.id, *ordered).subquery("first")
+        best = select(first).order_by(first.c.score.desc(), first.c.id, first.c.chunk_key)
+    top = best.limit(bindparam("top_k", type_=Integer)).cte("best").prefix_with("MATERIALIZED")
+    columns = tenant_documents.c
+    chunk = _chunk(
+        top,
+        columns.content,
+        columns.doc_type,
+        columns.metadata,
+        columns.created_at,
+        _similarity(mixed).label("similarity"),
+        *([columns.embedding] if mixed.wanted.vectors else []),
+    )
+    source = tenant_sources
+    place = func.array_position(source.c.chunk_keys, top.c.chunk_key)
     found = (
         select(
-            *(column for column in best.c if column.name != "chunk_key"),
+            top.c.id,
+            top.c.text_score,
+            top.c.score,
+            *chunk.c,
             (place - 1).label("chunk_index"),
             source.c.start_offsets[place].label("start_offset"),
         )
-        .join(source, source.c.id == best.c.id)
-        .where(source.c.tenant_id == tenant)
+        .select_from(top.join(chunk, true()).join(source, source.c.id == top.c.id))
+        .where(source.c.tenant_id == bindparam("tenant_id", type_=Text))
         .subquery("found")
     )
     return (
@@ -151,3 +151,27 @@ def _shown(fused: CTE, size: CTE, mixed: Mixed) -> Select[Any]:
         .select_from(size.outerjoin(found, true()))
         .order_by(found.c.score.desc(), found.c.id, found.c.chunk_index)
     )
+
+
+def _chunk(of: CTE, *columns: ColumnElement[Any]) -> LateralFromClause:
+    """The row of each chunk in `of`, one lookup each: LIMIT keeps the planner from reading a whole tenant to join it."""
+    chunk = tenant_documents
+    return (
+        select(*columns)
+        .where(
+            chunk.c.tenant_id == bindparam("tenant_id", type_=Text),
+            chunk.c.id == of.c.id,
+            chunk.c.chunk_key == of.c.chunk_key,
+        )
+        .correlate(of)
+        .limit(1)
+        .lateral("chunk")
+    )
+
+
+def _similarity(mixed: Mixed) -> ColumnElement[Any]:
+    if not mixed.similarity:
+        return cast(null(), DOUBLE_PRECISION)
+    query = bindparam("embedding", type_=Vector(mixed.wanted.dimensions))
+    similarity: ColumnElement[float] = 1 - tenant_documents.c.embedding.cosine_distance(query)
+    return similarity

@@ -260,7 +260,7 @@ def test_where_contrib_may_not_be_created_the_error_says_what_to_ask(settings, c
     if not contrib:
         pytest.skip(NEEDS_CONTRIB)
     with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
-        admin.execute(sql.SQL("alter database {} owner to postgres").format(sql.Identifier(empty)))
+        admin.execute(sql.SQL("alter database {} owner to current_user").format(sql.Identifier(empty)))
         admin.execute(sql.SQL("grant create on schema public to {}").format(sql.Identifier(local.OWNER)))
     with pytest.raises(SetupError, match=r"extension btree_gin, which this login may not create.*CREATE EXTENSION"):
         schema.migrate(settings)

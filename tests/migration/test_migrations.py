@@ -266,6 +266,24 @@ def test_where_contrib_may_not_be_created_the_error_says_what_to_ask(settings, c
         schema.migrate(settings)
 
 
+def test_a_database_whose_locale_spoils_text_search_is_warned_of(settings, cluster, empty, caplog):
+    command.upgrade(schema.config(settings), "head")
+    name = sql.Identifier(empty)
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        (ctype,) = admin.execute("select datctype from pg_database where datname = %s", (empty,)).fetchone()
+        assert ("takes typographic quotes for letters" in caplog.text) is (ctype in {"C", "POSIX"})
+        admin.execute(sql.SQL("drop database {} with (force)").format(name))
+        admin.execute(
+            sql.SQL("create database {} owner {} template template0 encoding 'UTF8' lc_ctype 'C'").format(
+                name, sql.Identifier(local.OWNER)
+            )
+        )
+    with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
+        admin.execute("create extension vector")
+    command.upgrade(schema.config(settings), "head")
+    assert "takes typographic quotes for letters" in caplog.text
+
+
 def test_a_login_that_is_no_superuser_migrates_where_the_extension_is(settings, cluster):
     with psycopg.connect(settings.migration_url) as owner:
         assert owner.execute("select rolsuper from pg_roles where rolname = current_user").fetchone() == (False,)

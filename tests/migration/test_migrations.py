@@ -17,7 +17,7 @@ from sqlalchemy import Column, Text
 
 from app import local, schema, tables
 from app.errors import SetupError
-from tests.conftest import NEEDS_CONTRIB, cloned, passwords, settings_for
+from tests.conftest import NEEDS_CONTRIB, cloned, passwords, settings_for, statements
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_check_is_dirty_when_a_model_changes(settings, monkeypatch, change):
         command.check(config)
 
 
-def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(cluster, settings, empty):
+def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(settings, contrib):
     config = schema.config(settings)
     printed = io.StringIO()
     config.output_buffer = printed
@@ -176,9 +176,8 @@ def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(cluster, s
     assert "set lock_timeout" in text
     assert "%%" not in text
     with psycopg.connect(settings.migration_url, autocommit=True) as owner:
-        for statement in text.split(";\n\n"):  # one at a time, as psql does: some cannot run inside a transaction
-            if statement.strip():
-                owner.execute(statement.encode())
+        for statement in statements(text, contrib):
+            owner.execute(statement.encode())
     offline = snapshot(settings.migration_url)
     online_config = schema.config(settings)
     command.check(online_config)

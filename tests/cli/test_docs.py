@@ -197,7 +197,7 @@ def test_the_readmes_commands_give_what_it_shows_on_a_postgresql_of_ones_own_too
     }
     with psycopg.connect(cluster.admin, autocommit=True) as admin:
         for login in logins:
-            admin.execute(sql.SQL("create role {} login noinherit").format(sql.Identifier(login)))
+            admin.execute(sql.SQL("create role {} login").format(sql.Identifier(login)))
         passwords(cluster, *logins)
         try:
             check(shell, (root / "README.md").read_text())

@@ -102,6 +102,14 @@ def contrib(cluster: Cluster) -> bool:
 NEEDS_CONTRIB = "this server is without contrib, where btree_gin is from"
 
 
+def statements(printed: str, contrib: bool) -> list[str]:
+    """What `--sql` printed, one at a time as psql runs it, without what it says to leave out on a server without contrib."""
+    several = [statement for statement in printed.split(";\n\n") if statement.strip()]
+    return [
+        statement for statement in several if contrib or "-- Only where the extension btree_gin is:" not in statement
+    ]
+
+
 def settings_for(url: str | None, openai_url: str, **changes: object) -> Settings:
     """Settings of a service on `url` with an OpenAI-protocol server behind it."""
     values: dict[str, object] = {

@@ -64,6 +64,18 @@ create or replace view tenant_collection_statistics as
       from collection_statistics where tenant_id = current_setting('pgrecall.tenant_id', true);
 """
 
+LOCALE = """
+do $$
+begin
+    if (select datctype in ('C', 'POSIX') from pg_database where datname = current_database()) then
+        raise warning using
+            message = 'under the LC_CTYPE C of this database text search takes typographic quotes for letters',
+            hint = 'Make the database with LC_CTYPE ''C.UTF-8'' or another in UTF-8';
+    end if;
+end
+$$
+"""
+
 FUNCTIONS = [
     """
 create or replace function text_language() returns regconfig language sql immutable parallel safe
@@ -416,6 +428,7 @@ def _run(statements: str) -> None:
 
 def upgrade() -> None:
     language = op.get_context().opts["text_language"]
+    _execute(LOCALE)
     _run(DOCUMENTS)
     _run(TABLES)
     for function in FUNCTIONS:

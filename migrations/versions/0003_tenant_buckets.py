@@ -44,6 +44,7 @@ COMMENTS = {
     "index vector_indexes_pkey": "One row a kind.",
     "index vector_indexes_active_idx": "At most one kind is active.",
 }
+NEED_BTREE_GIN = {"documents_labels_idx", "documents_metadata_idx"}
 LABELS = "Type and metadata conditions of one tenant together: doc_type = any (…) and metadata @> '{\"key\": value}'."
 BUCKET = "HNSW over cosine distance for the tenants where hashtextextended(tenant_id, 0) & 15 = {bucket}: nearest chunks, filtered while it is walked."
 
@@ -67,23 +68,24 @@ def _run(statement: str) -> None:
     op.execute(statement.strip().replace(":", r"\:"))
 
 
-def _comment(thing: str, comment: str) -> None:
-    _run("comment on {} is '{}'".format(thing, comment.replace("'", "''")))
+def _comment(thing: str, comment: str, note: str = "") -> None:
+    _run("{}comment on {} is '{}'".format(note, thing, comment.replace("'", "''")))
 
 
 def _build(name: str, definition: str, comment: str) -> None:
     """An index made without keeping writers out, in place of an invalid one that a failed run left."""
+    # Nothing concurrent can be made conditional in SQL, so what is printed (--sql) tells its reader.
+    note = "-- Only where the extension btree_gin is:\n" if name in NEED_BTREE_GIN and op.get_context().as_sql else ""
     _run(f"""do $$ begin
     if exists (select from pg_index where indexrelid = to_regclass('{name}') and not indisvalid) then
         execute 'drop index {name}';
     end if;
 end $$""")
-    _run(f"create index concurrently if not exists {name} on documents {definition}")
-    _comment(f"index {name}", comment)
+    _run(f"{note}create index concurrently if not exists {name} on documents {definition}")
+    _comment(f"index {name}", comment, note)
 
 
 def _has_btree_gin() -> bool:
-    # What is printed for review (--sql) is for a server that has it.
     if op.get_context().as_sql:
         return True
     return op.get_bind().execute(text("select from pg_extension where extname = 'btree_gin'")).first() is not None

@@ -19,7 +19,7 @@ from app.errors import SetupError
 from app.local import OWNER, SERVICE
 from app.statements import Statement
 from app.upsert import put
-from tests.conftest import DIMENSIONS, settings_for
+from tests.conftest import DIMENSIONS, settings_for, statements
 
 COUNT = 260
 SCHEMA = "The Extensions"
@@ -78,14 +78,13 @@ async def test_put_search_delete_and_the_cache_work_and_nothing_stays_on_the_ses
         await embedder.aclose()
 
 
-def test_the_sql_for_a_dba_finds_pgvector_by_itself(settings):
+def test_the_sql_for_a_dba_finds_pgvector_by_itself(settings, contrib):
     config = schema.config(settings)
     config.output_buffer = printed = io.StringIO()
     command.upgrade(config, "head", sql=True)
     with psycopg.connect(settings.migration_url, autocommit=True) as owner:
-        for statement in printed.getvalue().split(";\n\n"):
-            if statement.strip():
-                owner.execute(statement.encode())
+        for statement in statements(printed.getvalue(), contrib):
+            owner.execute(statement.encode())
     command.check(schema.config(settings))
 
 

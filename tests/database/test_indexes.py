@@ -60,7 +60,9 @@ async def test_searches_run_through_a_change_and_use_the_new_index_after_it(
     assert [(each.kind, each.state, each.valid) for each in kept] == [(kind, "active", 16)]
 
 
-def test_what_an_interrupted_change_has_built_stays_and_what_is_invalid_is_made_anew(owner, owner_url, rows):
+def test_what_an_interrupted_change_has_built_stays_and_what_is_invalid_is_made_anew(
+    owner, owner_url, cluster, database_name, rows
+):
     def interrupt(what, _share):
         if "half_05" in what:
             raise KeyboardInterrupt
@@ -70,7 +72,7 @@ def test_what_an_interrupted_change_has_built_stays_and_what_is_invalid_is_made_
     states = {each.kind: (each.state, each.valid) for each in indexes.listed(owner_url)}
     assert states == {"full": ("active", 16), "half": ("building", 5)}
     made = owner.execute("select oid from pg_class where relname = 'documents_embedding_half_00_idx'").fetchone()
-    with psycopg.connect(owner_url.replace("pgrecall_owner", "postgres"), autocommit=True) as admin:
+    with psycopg.connect(cluster.url(database_name), autocommit=True) as admin:
         admin.execute(
             "update pg_index set indisvalid = false where indexrelid = 'documents_embedding_half_01_idx'::regclass"
         )

@@ -17,7 +17,7 @@ from sqlalchemy import Column, Text
 
 from app import local, schema, tables
 from app.errors import SetupError
-from tests.conftest import NEEDS_CONTRIB, cloned, passwords, settings_for
+from tests.conftest import NEEDS_CONTRIB, cloned, passwords, settings_for, statements
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_check_is_dirty_when_a_model_changes(settings, monkeypatch, change):
         command.check(config)
 
 
-def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(cluster, settings, empty):
+def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(settings, contrib):
     config = schema.config(settings)
     printed = io.StringIO()
     config.output_buffer = printed
@@ -176,9 +176,8 @@ def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(cluster, s
     assert "set lock_timeout" in text
     assert "%%" not in text
     with psycopg.connect(settings.migration_url, autocommit=True) as owner:
-        for statement in text.split(";\n\n"):  # one at a time, as psql does: some cannot run inside a transaction
-            if statement.strip():
-                owner.execute(statement.encode())
+        for statement in statements(text, contrib):
+            owner.execute(statement.encode())
     offline = snapshot(settings.migration_url)
     online_config = schema.config(settings)
     command.check(online_config)
@@ -260,10 +259,28 @@ def test_where_contrib_may_not_be_created_the_error_says_what_to_ask(settings, c
     if not contrib:
         pytest.skip(NEEDS_CONTRIB)
     with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
-        admin.execute(sql.SQL("alter database {} owner to postgres").format(sql.Identifier(empty)))
+        admin.execute(sql.SQL("alter database {} owner to current_user").format(sql.Identifier(empty)))
         admin.execute(sql.SQL("grant create on schema public to {}").format(sql.Identifier(local.OWNER)))
     with pytest.raises(SetupError, match=r"extension btree_gin, which this login may not create.*CREATE EXTENSION"):
         schema.migrate(settings)
+
+
+def test_a_database_whose_locale_spoils_text_search_is_warned_of(settings, cluster, empty, caplog):
+    command.upgrade(schema.config(settings), "head")
+    name = sql.Identifier(empty)
+    with psycopg.connect(cluster.admin, autocommit=True) as admin:
+        (ctype,) = admin.execute("select datctype from pg_database where datname = %s", (empty,)).fetchone()
+        assert ("takes typographic quotes for letters" in caplog.text) is (ctype in {"C", "POSIX"})
+        admin.execute(sql.SQL("drop database {} with (force)").format(name))
+        admin.execute(
+            sql.SQL("create database {} owner {} template template0 encoding 'UTF8' lc_ctype 'C'").format(
+                name, sql.Identifier(local.OWNER)
+            )
+        )
+    with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
+        admin.execute("create extension vector")
+    command.upgrade(schema.config(settings), "head")
+    assert "takes typographic quotes for letters" in caplog.text
 
 
 def test_a_login_that_is_no_superuser_migrates_where_the_extension_is(settings, cluster):

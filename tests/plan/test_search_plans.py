@@ -164,7 +164,7 @@ def test_the_exact_statement_never_touches_the_approximate_index(settings):
     ],
 )
 def test_a_selective_filter_uses_its_index_within_the_tenant(settings, conditions, index, contrib):
-    if index == "documents_metadata_idx" and not contrib:
+    if index == "documents_labels_idx" and not contrib:
         pytest.skip(NEEDS_CONTRIB)
     assert index in indexes(explain(settings, "few", "large", conditions))
 

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import BertWordPieceTokenizer
 
 from app.chunking import MAX_CHARACTERS, Chunk, TokenCounter, chunk, key
+from app.settings import Settings
 
 REFERENCE = "\n\n".join(topics[name] for name in sorted(topics))
 PARAGRAPHS = [
@@ -20,6 +21,7 @@ PARAGRAPHS = [
     for paragraph in (" ".join(each.split()) for each in REFERENCE.split("\n\n"))
     if len(paragraph) > 80 and paragraph.endswith(".") and paragraph[0].isupper()
 ]
+DEFAULT = {"max_tokens": Settings().chunk_max_tokens, "overlap_tokens": Settings().chunk_overlap_tokens}
 SENTENCES = [sentence for each in PARAGRAPHS for sentence in re.split(r"(?<=[a-z]{3}\.) (?=[A-Z])", each)]
 
 
@@ -359,19 +361,19 @@ NEW = "An entirely new sentence was written here yesterday."
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_sentence_at_the_start_changes_two_chunks_at_most(name: str) -> None:
     text = DOCUMENTS[name]()
-    before = {each.key for each in chunk(text, words, max_tokens=200, overlap_tokens=40)}
+    before = {each.key for each in chunk(text, words, **DEFAULT)}
     assert len(before) >= 200
     for sentence in (NEW, "Read this first!", SENTENCES[100]):
         for space in (" ", "\n\n"):
-            after = {each.key for each in chunk(sentence + space + text, words, max_tokens=200, overlap_tokens=40)}
+            after = {each.key for each in chunk(sentence + space + text, words, **DEFAULT)}
             assert 1 <= len(after - before) <= 2
             assert len(before - after) <= 2
 
 
 def test_the_same_with_the_real_tokenizer(wordpiece: TokenCounter) -> None:
     text = DOCUMENTS["one paragraph"]()
-    before = {each.key for each in chunk(text, wordpiece, max_tokens=200, overlap_tokens=40)}
-    after = {each.key for each in chunk(f"{NEW} {text}", wordpiece, max_tokens=200, overlap_tokens=40)}
+    before = {each.key for each in chunk(text, wordpiece, **DEFAULT)}
+    after = {each.key for each in chunk(f"{NEW} {text}", wordpiece, **DEFAULT)}
     assert len(before) >= 200
     assert len(after - before) <= 2
 
@@ -381,14 +383,14 @@ def test_an_edit_anywhere_changes_the_chunks_around_it(name: str) -> None:
     text = DOCUMENTS[name]()[:60_000]
     chance = random.Random(9)
     starts = [found.end() for found in re.finditer(r"[a-z]{3}\.\s+(- )?(?=[A-Z])", text)]
-    before = {each.key for each in chunk(text, words, max_tokens=200, overlap_tokens=40)}
+    before = {each.key for each in chunk(text, words, **DEFAULT)}
     changed = []
     for _ in range(40):
         at = chance.randrange(len(starts) - 1)
         start, end = starts[at : at + 2]
         inserted, kept = chance.choice([(NEW + " ", start), (NEW + " ", end), ("", end)])
         edited = text[:start] + inserted + text[kept:]
-        after = {each.key for each in chunk(edited, words, max_tokens=200, overlap_tokens=40)}
+        after = {each.key for each in chunk(edited, words, **DEFAULT)}
         changed.append(len(after - before))
     assert sum(each <= 2 for each in changed) >= 0.85 * len(changed)
     assert max(changed) <= 8

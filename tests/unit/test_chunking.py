@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pydoc_data.topics import topics
+from statistics import fmean
 from time import perf_counter, process_time
 
 import pytest
@@ -352,22 +353,26 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "rows": lambda: "\n\n".join(f"Item {n}: red." for n in range(8000)),
     "no full stop": lambda: " ".join(random.Random(8).choices(REFERENCE.replace(".", "").split(), k=20_000)),
     "Chinese": lambda: "".join(
-        "".join(random.Random(n).choices("的一是不了人我在有他这为之大来以个中上们", k=20)) + "。" for n in range(7000)
+        "".join(random.Random(n).choices("的一是不了人我在有他这为之大来以个中上们", k=20)) + "。" for n in range(8000)
     ),
 }
 NEW = "An entirely new sentence was written here yesterday."
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_a_sentence_at_the_start_changes_two_chunks_at_most(name: str) -> None:
+def test_a_sentence_at_the_start_changes_the_first_chunks_alone(name: str) -> None:
+    """Two, and rarely a third: where the first comes apart, the one after it repeats other sentences."""
     text = DOCUMENTS[name]()
     before = {each.key for each in chunk(text, words, **DEFAULT)}
     assert len(before) >= 200
+    changed = []
     for sentence in (NEW, "Read this first!", SENTENCES[100]):
         for space in (" ", "\n\n"):
             after = {each.key for each in chunk(sentence + space + text, words, **DEFAULT)}
-            assert 1 <= len(after - before) <= 2
-            assert len(before - after) <= 2
+            changed.append(len(after - before))
+            assert 1 <= changed[-1] <= 3
+            assert len(before - after) <= 3
+    assert fmean(changed) <= 2
 
 
 def test_the_same_with_the_real_tokenizer(wordpiece: TokenCounter) -> None:

@@ -65,8 +65,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cache_rows: Annotated[int, Meta(ge=0, le=100_000_000)] = 100_000
 
     text_language: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_]{0,62}$", description=CONFIGURATION)] = "english"
-    chunk_max_tokens: Annotated[int, Meta(ge=16, le=8000)] = 200
-    chunk_overlap_tokens: Annotated[int, Meta(ge=0, le=4000)] = 40
+    chunk_max_tokens: Annotated[int, Meta(ge=16, le=8000)] = 250
+    chunk_overlap_tokens: Annotated[int, Meta(ge=0, le=4000)] = 100
     request_tokens: Annotated[int, Meta(ge=1_000, le=100_000_000)] = 250_000
 
     rerank_url: HttpUrl | None = None

@@ -1,7 +1,7 @@
 """How well chunks hold what a question asks for: our chunker, fixed windows and three libraries at the same budgets.
 
     pip install langchain-text-splitters llama-index-core semantic-text-splitter
-    python -m bench.chunks PATH_TO_chunk_eval [--budgets 200/40 200/80 254/0] [--splitters pgrecall ...] [--cache FOLDER]
+    python -m bench.chunks PATH_TO_chunk_eval [--budgets 200/40 200/80 …] [--splitters pgrecall ...] [--cache FOLDER]
 
 The folder has `references.jsonl` (a question, the text it is about, and spans of that text that answer it) and
 `full_texts/*.md`, as in Chroma's chunking evaluation (github.com/brandonstarxel/chunking_evaluation). Every splitter cuts
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from app import chunking
+from app import chunking, statistics
 from app.embedding import VOCABULARY, LocalEmbedder
 
 TOP = 5
@@ -212,6 +212,17 @@ class Row(NamedTuple):
     """In the TOP chunks, each once; the mean over the questions."""
     equal: float
     """Share of the spans that lie fully inside one of the best chunks with EQUAL tokens together."""
+    parts: npt.NDArray[np.float64]
+    """What each question adds, shape (questions, 2); the means are `found` and `equal`."""
+
+    def against(self, other: "Row") -> str:
+        """How much more this one finds, with the intervals of the differences, questions drawn in pairs."""
+        differences = self.parts - other.parts
+        shown = [
+            f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            for mean, (low, high) in zip(differences.mean(axis=0), statistics.intervals(differences), strict=True)
+        ]
+        return f"{self.splitter} against {other.splitter} at {self.budget}: {' and '.join(shown)}"
 
     def __str__(self) -> str:
         shares = f"{self.found:.3f} | {self.precision:.3f} | {self.equal:.3f} | {self.cut:.3f}"
@@ -235,34 +246,39 @@ async def measured(
     sizes = np.array(vectors.embedder.count_tokens(contents))
     embedded = await vectors.of(contents)
     asked = await vectors.of([question.query for question in questions])
-    cut = found = equal = 0
-    precisions, returned = [], []
+    cut = 0
+    whole_spans, precisions, returned = [], [], []
     for question, vector in zip(questions, asked, strict=True):
         order = np.argsort(-(embedded @ vector), kind="stable")[:RANKED]
         ranked = [chunks[at] for at in order]
         cut += whole(question.spans, chunks)
-        found += whole(question.spans, ranked[:TOP])
-        equal += whole(question.spans, within(ranked, sizes[order], EQUAL))
+        best = within(ranked, sizes[order], EQUAL)
+        whole_spans.append((whole(question.spans, ranked[:TOP]), whole(question.spans, best)))
         precisions.append(precision(question.spans, ranked[:TOP]))
         returned.append(characters(ranked[:TOP]))
     spans = sum(len(question.spans) for question in questions)
+    parts = np.array(whole_spans) * len(questions) / spans
+    found, equal = parts.mean(axis=0)
     return Row(
         budget=budget,
         splitter=splitter.name,
         chunks=len(chunks),
         tokens=int(sizes.sum()),
         cut=cut / spans,
-        found=found / spans,
+        found=found,
         precision=fmean(precisions),
         characters=fmean(returned),
-        equal=equal / spans,
+        equal=equal,
+        parts=parts,
     )
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.chunks", description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("folder", type=Path, metavar="PATH_TO_chunk_eval")
-    parser.add_argument("--budgets", nargs="+", default=["200/40", "200/80", "254/0"], metavar="TOKENS/OVERLAP")
+    parser.add_argument(
+        "--budgets", nargs="+", default=["200/40", "200/80", "250/50", "250/100"], metavar="TOKENS/OVERLAP"
+    )
     parser.add_argument("--splitters", nargs="+", metavar="NAME", help="these only")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "pgrecall-bench-chunks")
     given = parser.parse_args()
@@ -270,10 +286,17 @@ async def main() -> None:
     embedder = LocalEmbedder()
     vectors = Vectors(embedder, given.cache)
     print(HEADER)
+    differences = []
     for budget in given.budgets:
+        ours: Row | None = None
         for splitter in splitters(embedder):
             if not given.splitters or splitter.name in given.splitters:
-                print(await measured(texts, questions, splitter, budget, vectors), flush=True)
+                row = await measured(texts, questions, splitter, budget, vectors)
+                print(row, flush=True)
+                ours = ours or row
+                if row is not ours:
+                    differences.append(ours.against(row))
+    print(f"\nMore spans in top {TOP}, and in {EQUAL} tokens, with 95 % intervals:", *differences, sep="\n")
 
 
 if __name__ == "__main__":

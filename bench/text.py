@@ -30,7 +30,7 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from app import chunking, embedded, evaluation, local, schema, search, terminal, text
+from app import chunking, embedded, evaluation, judgements, local, schema, search, tables, terminal, text
 from app.database import Database
 from app.embedding import LocalEmbedder
 from app.search import Options
@@ -42,6 +42,8 @@ TOP_K = 10
 SHORT, LONG = 200, 40
 """Questions of each kind."""
 BATCHES = (1, 20, 200)
+WHOLE = "whole"
+"""In place of a budget: one chunk a document."""
 
 _HIDDEN = re.compile(r"<(script|style|nav|head)\b.*?</\1>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _BLOCK = re.compile(r"</?(p|div|li|tr|td|h\d|pre|dt|dd|table|ul|ol|blockquote|section)\b[^>]*>", re.IGNORECASE)
@@ -116,7 +118,7 @@ def opened(admin: str | None) -> Iterator[tuple[Settings, psycopg.Connection[Any
         try:
             schema.migrate(settings)
             with psycopg.connect(url(local.OWNER), autocommit=True) as owner:
-                owner.execute("drop index documents_embedding_idx")
+                owner.execute(f"drop index {', '.join(tables.embedding_indexes('full'))}".encode())
                 yield settings, owner
         finally:
             with psycopg.connect(admin, autocommit=True) as connection:
@@ -232,33 +234,31 @@ def speed(admin: str | None, rows: int, folder: Path | None) -> list[tuple[str, 
         return shown + written(owner)
 
 
-def quality(admin: str | None, folders: Sequence[Path]) -> list[tuple[str, str]]:
-    """nDCG@10, a document judged by its best chunk: at the default chunking, and with one chunk a document."""
+def quality(admin: str | None, folders: Sequence[Path], budgets: Sequence[str]) -> list[tuple[str, str]]:
+    """nDCG@10, a document judged by its best chunk: cut to each budget, and with one chunk a document."""
     embedder = LocalEmbedder()
-    defaults = Settings()
     shown = []
     with opened(admin) as (settings, owner):
-        for folder, whole in itertools.product(folders, (False, True)):
-            tenant = f"{folder.name}-{'whole' if whole else 'chunks'}"
-            collection = evaluation.read(folder, tenant)
-            documents = {
-                draft.id: [draft.content]
-                if whole
-                else [
-                    chunk.content
-                    for chunk in chunking.chunk(
-                        draft.content,
-                        embedder.count_tokens,
-                        max_tokens=defaults.chunk_max_tokens,
-                        overlap_tokens=defaults.chunk_overlap_tokens,
-                    )
-                ]
-                for draft in collection.drafts
-            }
+        for folder, budget in itertools.product(folders, (*budgets, WHOLE)):
+            tenant = f"{folder.name}-{budget.replace('/', '-')}"
+            collection = judgements.read(folder, tenant)
+            if budget == WHOLE:
+                documents = {draft.id: [draft.content] for draft in collection.drafts}
+            else:
+                limit, overlap = map(int, budget.split("/"))
+                documents = {
+                    draft.id: [
+                        each.content
+                        for each in chunking.chunk(
+                            draft.content, embedder.count_tokens, max_tokens=limit, overlap_tokens=overlap
+                        )
+                    ]
+                    for draft in collection.drafts
+                }
             store(owner, tenant, documents)
             owner.execute("call fill_terms()")
 
-            async def judged(questions: Sequence[evaluation.Question], tenant: str = tenant) -> float:
+            async def judged(questions: Sequence[judgements.Question], tenant: str = tenant) -> float:
                 database = Database(settings, settings.database_url or "")
                 gains = []
                 for question in questions:
@@ -273,12 +273,7 @@ def quality(admin: str | None, folders: Sequence[Path]) -> list[tuple[str, str]]
 
             ndcg = asyncio.run(judged(collection.questions))
             chunks = sum(map(len, documents.values()))
-            shown.append(
-                (
-                    f"{folder.name}, {'one chunk a document' if whole else 'default chunks'}",
-                    f"{ndcg:.3f} ({chunks:,} chunks)",
-                )
-            )
+            shown.append((f"{folder.name}, {budget}", f"{ndcg:.3f} ({chunks:,} chunks)"))
     return shown
 
 
@@ -288,8 +283,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--folder", type=Path, help="of texts to cut into passages")
     parser.add_argument("--judged", type=Path, nargs="+", help="folders of judged collections: nDCG@10 of each instead")
+    default = f"{Settings().chunk_max_tokens}/{Settings().chunk_overlap_tokens}"
+    parser.add_argument(
+        "--budgets", nargs="+", default=[default], metavar="TOKENS/OVERLAP", help=f"of chunks ({default})"
+    )
     args = parser.parse_args()
-    rows = quality(args.admin, args.judged) if args.judged else speed(args.admin, args.rows, args.folder)
+    rows = quality(args.admin, args.judged, args.budgets) if args.judged else speed(args.admin, args.rows, args.folder)
     terminal.table("full-text search", [("", "left"), ("", "right")], rows)
 
 

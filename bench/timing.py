@@ -122,7 +122,7 @@ def say(where: Mapping[str, Any]) -> None:
 
 
 def save(folder: Path, name: str, record: Mapping[str, Any], draw: Callable[[Any, Mapping[str, Any]], None]) -> None:
-    """Write NAME.json, and NAME.svg and NAME.png by `draw`, which gets matplotlib's pyplot and the record."""
+    """Write NAME.json, and NAME.svg by `draw`, which gets matplotlib's pyplot and the record."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
@@ -138,7 +138,6 @@ def save(folder: Path, name: str, record: Mapping[str, Any], draw: Callable[[Any
     pyplot.rc("grid", alpha=0.3)
     draw(pyplot, record)
     pyplot.gcf().set_layout_engine(pyplot.gcf().get_layout_engine() or "tight")
-    for ending in ("svg", "png"):
-        pyplot.savefig(folder / f"{name}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None)
+    pyplot.savefig(folder / f"{name}.svg", metadata={"Date": None})
     pyplot.close("all")
-    terminal.say(f"saved {folder / name}.svg and .png")
+    terminal.say(f"saved {folder / name}.svg")

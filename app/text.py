@@ -52,7 +52,7 @@ TERMS = (6, 12, 24)
 Of a question with more than the last the most selective count.
 """
 
-READING = 50_000
+READING = 20_000
 """Chunks that hold a question's words, counted word by word: past so many only the 8 most selective words count."""
 
 FIRST = 0.6

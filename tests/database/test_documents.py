@@ -87,7 +87,7 @@ async def test_a_sentence_at_the_start_of_200_chunks_rewrites_at_most_two(write,
         " ".join(
             f"Paragraph {p} says in sentence {s} that {w} matter a great deal to everyone." for s, w in enumerate(words)
         )
-        for p in range(90)
+        for p in range(120)
         for words in [
             ("birds fish trees rocks rivers clouds stars seeds roots winds tides moons" * (1 + p % 2)).split()
         ]

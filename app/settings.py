@@ -147,6 +147,11 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         except msgspec.ValidationError as error:
             shown = "its value" if field.name in SECRET or "url" in field.name else repr(text)
             raise WrongSetting(f"{name}: {shown} is not allowed; {allowed(field.type)} ({error})") from None
+    if "chunk_max_tokens" in values:
+        # Smaller chunks repeat less, unless told otherwise.
+        values.setdefault(
+            "chunk_overlap_tokens", min(Settings().chunk_overlap_tokens, values["chunk_max_tokens"] * 2 // 5)
+        )
     settings = Settings(**values)
     _check_together(settings)
     return settings

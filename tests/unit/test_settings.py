@@ -97,3 +97,10 @@ def test_documented_defaults_are_the_real_ones(root):
         field = next(f for f in msgspec.structs.fields(Settings) if settings.variable(f.name) == name)
         if isinstance(field.default, (int, float)):
             assert str(field.default).lower().removesuffix(".0") == default.strip("` "), name
+
+
+def test_smaller_chunks_repeat_less_unless_told_otherwise():
+    given = {"PGRECALL_CHUNK_MAX_TOKENS": "100"}
+    assert settings.read(given).chunk_overlap_tokens == 40
+    assert settings.read({"PGRECALL_CHUNK_MAX_TOKENS": "254"}).chunk_overlap_tokens == 100
+    assert settings.read(given | {"PGRECALL_CHUNK_OVERLAP_TOKENS": "0"}).chunk_overlap_tokens == 0

@@ -52,10 +52,10 @@ TERMS = (6, 12, 24)
 Of a question with more than the last the most selective count.
 """
 
-READING = 20_000
+READING = 12_000
 """Chunks that hold a question's words, counted word by word: past so many only the 8 most selective words count."""
 
-FIRST = 0.6
+FIRST = 0.8
 """First threshold, as a share of the sum of the words' upper bounds. Too high costs a cheap pass, too low a dear one."""
 
 LOWER = (0.42, 0.3, 0.2, 0.1)

@@ -26,7 +26,7 @@ from app.tables import INDEXED_AS_VECTOR, Kind, embedding_indexes, metadata_for
 OPERATION_LOCK = 0x7067726563696478
 """Advisory lock of whoever changes the indexes."""
 
-OVERSAMPLING: dict[Kind, float] = {"full": 4.0, "half": 4.0, "binary": 10.0}
+OVERSAMPLING: dict[Kind, float] = {"full": 4.0, "half": 4.0, "binary": 20.0}
 """Candidates for each hit where nothing else is asked for (docs/search.md has the measurement)."""
 
 LISTED = """

@@ -68,7 +68,7 @@ async def test_the_same_questions_under_other_settings(database, embedder, setti
     for n in range(8):
         add(owner, f"d{n}", [n / 10])
     tried = await evaluation.alternatives(database, embedder, settings, questions, 10)
-    assert [each.name for each in tried] == ["exact", *(f"ef_search {width}" for width in (20, 40, 100, 200, 400))]
+    assert [each.name for each in tried] == ["exact", *(f"ef_search {width}" for width in (20, 40, 100, 200, 250, 400))]
     for each in tried:
         assert (each.recall, each.agreement) == (0.75, 1.0)
         assert 0 < each.latency_ms["p50"] <= each.latency_ms["p95"]

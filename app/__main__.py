@@ -14,7 +14,7 @@ if os.getpid() == 1:
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import __version__, commands, demo, floors, scorecard, settings, telemetry, terminal
+from app import __version__, commands, demo, floors, scorecard, settings, telemetry, terminal, transition
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
@@ -131,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     indexed.add_argument("--oversampling", type=float, metavar="N", help="candidates for each hit, 1 to 100 (by kind)")
     indexed.add_argument("--keep", action="store_true", help="do not drop the index used until now")
     _json(indexed)
+    _changing(command)
     _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
     _json(
         command(
@@ -196,6 +197,51 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="exit with status 1 if the metric is under the value, in that mode or in any that is searched; may be repeated",
     )
     _json(judged)
+
+
+def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
+    changed = command(
+        "model",
+        transition.show,
+        "Show the embedding models, or change the one that is searched, while it serves.",
+        "pgrecall model plan text-embedding-3-large --price 0.13",
+        "pgrecall model backfill text-embedding-3-large --rate 200",
+        "pgrecall model switch",
+        "pgrecall model rollback",
+        "pgrecall model finish",
+    )
+    _json(changed)
+    steps = changed.add_subparsers(title="steps", metavar="STEP")
+
+    def step(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        _json(added)
+        return added
+
+    for name, run, summary in (
+        ("plan", transition.plan, "Say what a change would take: chunks, tokens, time, disk, obstacles."),
+        (
+            "backfill",
+            transition.fill,
+            "Give every chunk a vector of the new model and build its index; may be run again.",
+        ),
+    ):
+        added = step(name, run, summary)
+        added.add_argument(
+            "model",
+            nargs=None if name == "plan" else "?",
+            help="name of the new model; local for the one inside the package",
+        )
+        added.add_argument("--dimensions", type=_whole(1, 4_000), metavar="N", help="length of its vectors")
+        added.add_argument("--base-url", metavar="URL", help="its server, if not the one of OPENAI_BASE_URL")
+        added.add_argument("--rate", type=float, metavar="N", help="at most so many chunks a second")
+        if name == "plan":
+            added.add_argument("--price", type=float, metavar="P", help="of a million tokens")
+    step("switch", transition.switch, "Have the new model searched, at once; refused while anything is missing.")
+    step("rollback", transition.rollback, "Have the former model searched again, at once; until finish.")
+    step("finish", transition.finish, "Drop the former model's vectors and index.")
+    step("abandon", transition.abandon, "Before a switch: drop the new model's vectors and index.")
 
 
 def _serving(added: argparse.ArgumentParser) -> None:

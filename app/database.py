@@ -5,6 +5,7 @@ ends, so that nothing is left on a pooled connection. Nobody but `Database.write
 """
 
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -16,7 +17,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import NullPool
 
 from app import roles
-from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, SchemaTooOld, TimedOut, Unavailable
+from app.errors import (
+    DatabaseUnavailable,
+    PgrecallError,
+    PoolExhausted,
+    SchemaTooOld,
+    SpaceChanged,
+    TimedOut,
+    Unavailable,
+)
 from app.pool import Pool
 from app.replica import Replayed, Replica
 from app.settings import Settings
@@ -26,6 +35,9 @@ log = logging.getLogger(__name__)
 
 IN_THE_WAY = frozenset({"40001", "40P01", "55P03"})
 """SQLSTATEs of a statement that another transaction got the better of: serialisation, deadlock, lock not to be had."""
+
+_OTHER_LENGTH = re.compile(r"different (vector|halfvec) dimensions|expected \d+ dimensions, not \d+")
+"""What pgvector says of a vector that has another length than the column."""
 
 WRITTEN = """
 select pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end,
@@ -192,6 +204,8 @@ def _ours(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one f
             return PoolExhausted("the database accepts no more connections; try again")
         case psycopg.errors.DatabaseError() if error.sqlstate in IN_THE_WAY:
             return Unavailable("other work was in the way; try again")
+        case psycopg.errors.DataException() if _OTHER_LENGTH.search(str(error)):
+            return SpaceChanged()
         case psycopg.errors.UndefinedTable():
             return SchemaTooOld("a table is missing from the database: run `pgrecall migrate`")
         case psycopg.errors.ReadOnlySqlTransaction():

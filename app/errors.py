@@ -7,7 +7,8 @@ PgrecallError
 ├── VersionConflict       If-Match or If-None-Match does not allow what is stored
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
-│   └── PoolExhausted
+│   ├── PoolExhausted
+│   └── SpaceChanged      the embedding model was changed meanwhile; done again with the other one
 ├── TimedOut              the statement ran into its time limit
 ├── UpstreamFailed        a model server failed, after the retries it deserved
 │   ├── EmbeddingFailed
@@ -70,6 +71,17 @@ class DatabaseUnavailable(Unavailable):
 
 class PoolExhausted(Unavailable):
     """Every database connection is in use."""
+
+
+class SpaceChanged(Unavailable):
+    """The embedding model has just been changed; try again.
+
+    `model` is the name and the dimensions of the one whose vectors are searched now, None where only a refusal was seen.
+    """
+
+    def __init__(self, model: tuple[str, int] | None = None) -> None:
+        super().__init__("the embedding model has just been changed; try again")
+        self.model = model
 
 
 class TimedOut(PgrecallError):

@@ -97,6 +97,11 @@ async def of(database: Database, tenant_id: str) -> Layout:
     return known
 
 
+def forget(database: Database) -> None:
+    """What was known is no longer so: the vectors are others."""
+    _known.pop(database, None)
+
+
 def is_large(database: Database, values: Mapping[str, Any], shape: Hashable) -> bool:
     """Whether the set of these conditions was above the bound, which is part of `shape`, when it was last counted."""
     return bool(_facts(database).get(_key(values, shape)))

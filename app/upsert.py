@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ARRAY, Text, bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import ARRAY, Text, bindparam, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import cache, chunking, terms
+from app import cache, chunking, shadow, spaces, terms
 from app.chunking import Chunk
 from app.database import Database
 from app.drafts import Draft, check
@@ -96,13 +96,34 @@ async def put(
     `token_limit`: TooLarge when the texts to
     embed have more tokens in all. BadInput and EmbeddingFailed name the item: `documents[3].content`.
     """
+    own = [len(draft.embedding) for draft in drafts if draft.embedding is not None]
+    if own:
+        await spaces.expect(database, settings, embedder, own)
+
+    async def stored_in(space: Embedder) -> list[Outcome]:
+        return await _put(database, space, settings, tenant_id, drafts, expected, token_limit)
+
+    return await spaces.following(database, settings, embedder, stored_in)
+
+
+async def _put(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    expected: Container[str | None] | None,
+    token_limit: int | None,
+) -> list[Outcome]:
     plans = await asyncio.to_thread(_plan, embedder, settings, drafts, token_limit)
     for _ in range(TRIES):
         stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans])
         vectors = await _vectors(database, embedder, settings, tenant_id, plans, stored)
+        beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors))
         try:
             async with database.write(tenant_id) as connection:
-                outcomes, unfolded = await _write(connection, tenant_id, plans, vectors, stored, expected)
+                space = _Space(database, embedder, beside)
+                outcomes, unfolded = await _write(connection, space, tenant_id, plans, vectors, stored, expected)
         except _Overtaken:
             continue
         if unfolded > terms.FOLD_AFTER:
@@ -171,10 +192,11 @@ class _Stored(NamedTuple):
     embedding_model: str | None
 
     def reusable(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None = None) -> set[str]:
-        """Chunks whose rows can stay: same text, same model, and embedded here or brought again as it is stored."""
-        same_space = self.embedding_origin == plan.origin and self.embedding_model == plan.model
+        """Chunks whose rows can stay: same text, and embedded here or brought again as it is stored."""
+        # Not by embedding_model: `documents` is wholly in the active space, the names follow a change of the model later.
+        same_origin = self.embedding_origin == plan.origin
         same_vector = plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding))
-        return set(self.chunk_keys) if same_space and same_vector and self.state == "ready" else set()
+        return set(self.chunk_keys) if same_origin and same_vector and self.state == "ready" else set()
 
     def matches(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None) -> bool:
         """Whether writing the plan would change nothing. `embedding`: the stored vector of a document that brought one."""
@@ -184,7 +206,7 @@ class _Stored(NamedTuple):
             and (self.title, self.doc_type) == (plan.draft.title, plan.draft.doc_type)
             and _same(self.metadata, plan.draft.metadata)
             and plan.draft.created_at in (None, self.created_at)
-            and (self.chunker, self.embedding_origin, self.embedding_model) == (plan.chunker, plan.origin, plan.model)
+            and (self.chunker, self.embedding_origin) == (plan.chunker, plan.origin)
             and (plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding)))
         )
 
@@ -230,32 +252,10 @@ OWN_VECTORS = select(tenant_documents.c.id, tenant_documents.c.embedding).where(
 NOW = select(func.now())
 """When this transaction began: the updated_at of every row it writes."""
 
-REMOVE_CHUNKS = delete(documents).where(
-    documents.c.tenant_id == _tenant,
-    documents.c.id == bindparam("document_id", type_=Text),
-    documents.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
-)
+REMOVE_CHUNKS = shadow.removing(documents)
 """Chunks of one document that are no longer in its text."""
 
-RELABEL_CHUNKS = (
-    update(documents)
-    .where(
-        documents.c.tenant_id == _of_tenant,
-        documents.c.id == bindparam("document_id", type_=Text),
-        tuple_(documents.c.doc_type, documents.c.metadata, documents.c.created_at).is_distinct_from(
-            tuple_(
-                bindparam("new_doc_type", type_=documents.c.doc_type.type),
-                bindparam("new_metadata", type_=documents.c.metadata.type),
-                bindparam("new_created_at", type_=documents.c.created_at.type),
-            )
-        ),
-    )
-    .values(
-        doc_type=bindparam("new_doc_type"),
-        metadata=bindparam("new_metadata"),
-        created_at=bindparam("new_created_at"),
-    )
-)
+RELABEL_CHUNKS = shadow.relabelling(documents)
 """Type, metadata and date of the chunks that stay, where they differ."""
 
 CREATE = upsert_into(sources).on_conflict_do_nothing().returning(sources.c.id)
@@ -321,8 +321,23 @@ async def _vectors(
     return dict(zip(texts, vectors, strict=True))
 
 
+class _Space(NamedTuple):
+    """Whose vectors are written: the embedder's, and beside them those of another model while it is being changed."""
+
+    database: Database
+    embedder: Embedder
+    beside: shadow.Beside | None
+
+    async def check(self, connection: AsyncConnection) -> None:
+        """Raise SpaceChanged or _Overtaken unless these are what the database wants. To be called with `sources` locked."""
+        other = await spaces.locked(connection, self.database, self.embedder)
+        if (other and other.model) != (self.beside and self.beside.model):
+            raise _Overtaken
+
+
 async def _write(
     connection: AsyncConnection,
+    space: _Space,
     tenant_id: str,
     plans: Sequence[_Plan],
     vectors: Mapping[str, npt.NDArray[np.float32]],
@@ -332,6 +347,7 @@ async def _write(
     now: datetime = (await connection.execute(NOW)).scalar_one()
     created = await _create(connection, tenant_id, [plan for plan in plans if plan.draft.id not in seen], now)
     locked, own = await _lock(connection, tenant_id, [plan for plan in plans if plan.draft.id not in created])
+    await space.check(connection)
     rows = _Rows([], [], [], [])
     outcomes = []
     for plan in plans:
@@ -356,6 +372,11 @@ async def _write(
     ):
         if values:
             await connection.execute(statement, values)
+    if space.beside is not None:
+        callers = {plan.draft.id for plan in plans if plan.own is not None}
+        await shadow.write(
+            connection, space.beside, removed=rows.removed, relabelled=rows.relabelled, added=rows.added, own=callers
+        )
     added = [(row["id"], row["chunk_key"]) for row in rows.added]
     return outcomes, await terms.learn(connection, tenant_id, added) if added else 0
 

@@ -1,0 +1,136 @@
+"""The second set of vectors while the embedding model is being changed: kept in step by every write, searched by none.
+
+`pgrecall_run_documents` is made by `pgrecall model backfill` and has the columns of `documents`. Until the switch it holds
+the vectors of the new model, after it those of the former one. A write never waits or fails for its sake: chunks that get
+no second vector are left to the backfill, and a switch or a rollback is refused while any are missing.
+"""
+
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import ARRAY, Delete, Table, Text, Update, bindparam, delete, func, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app import cache, spaces
+from app.database import Database
+from app.embedding import Embedder
+from app.errors import EmbeddingFailed, PgrecallError
+from app.model import Model
+from app.settings import Settings
+from app.tables import shadow
+
+log = logging.getLogger(__name__)
+
+PAUSE = 30.0
+"""Seconds for which writes do without the other model after its server has failed."""
+
+Vectors = Mapping[str, npt.NDArray[np.float32]]
+_document = bindparam("document_id", type_=Text)
+
+
+def removing(table: Table) -> Delete:
+    """Chunks of one document that are no longer in its text."""
+    return delete(table).where(
+        table.c.tenant_id == bindparam("tenant_id", type_=Text),
+        table.c.id == _document,
+        table.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
+    )
+
+
+def relabelling(table: Table) -> Update:
+    """Type, metadata and date of the chunks that stay, where they differ."""
+    new = {name: bindparam(f"new_{name}", type_=table.c[name].type) for name in ("doc_type", "metadata", "created_at")}
+    return (
+        update(table)
+        .where(
+            table.c.tenant_id == bindparam("of_tenant", type_=Text),
+            table.c.id == _document,
+            tuple_(*(table.c[name] for name in new)).is_distinct_from(tuple_(*new.values())),
+        )
+        .values(new)
+    )
+
+
+REMOVE_CHUNKS, RELABEL_CHUNKS = removing(shadow), relabelling(shadow)
+_added = insert(shadow)
+ADD_CHUNKS = _added.on_conflict_do_update(
+    index_elements=["tenant_id", "id", "chunk_key"],
+    set_={name: _added.excluded[name] for name in ("doc_type", "metadata", "created_at", "content", "embedding")},
+)
+"""Chunks with their vectors of the other model."""
+
+
+class Beside(NamedTuple):
+    """Vectors of the other model by text, as far as there are any."""
+
+    model: Model
+    vectors: Vectors
+
+
+_failed: WeakKeyDictionary[Database, float] = WeakKeyDictionary()
+
+
+async def vectors(
+    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, texts: Sequence[str]
+) -> Beside | None:
+    """These texts in the other space, None where there is no other one. Raises nothing but what cancels the write."""
+    other = spaces.beside(database)
+    if other is None:
+        return None
+    if not texts or time.monotonic() - _failed.get(database, float("-inf")) < PAUSE:
+        return Beside(other.model, {})
+    try:
+        using = await spaces.of(database, settings, embedder, other.model)
+        return Beside(other.model, await _embedded(database, using, settings, tenant_id, texts))
+    except PgrecallError as error:
+        _failed[database] = time.monotonic()
+        log.warning(
+            "%s gave no vectors; what is written within %.0f s is left to `pgrecall model backfill`: %s",
+            other.name,
+            PAUSE,
+            error,
+        )
+        return Beside(other.model, {})
+
+
+async def _embedded(
+    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, texts: Sequence[str]
+) -> Vectors:
+    sizes = embedder.count_tokens(list(texts))
+    fitting = [text for text, size in zip(texts, sizes, strict=True) if size <= embedder.max_tokens]
+    while fitting:
+        try:
+            found = await cache.embed(database, embedder, settings, tenant_id, fitting)
+        except EmbeddingFailed as error:
+            if error.index is None:
+                raise
+            del fitting[error.index]
+        else:
+            return dict(zip(fitting, found, strict=True))
+    return {}
+
+
+async def write(
+    connection: AsyncConnection,
+    beside: Beside,
+    *,
+    removed: Sequence[dict[str, Any]],
+    relabelled: Sequence[dict[str, Any]],
+    added: Sequence[dict[str, Any]],
+    own: Collection[str],
+) -> None:
+    """Do to the second set what is done to `documents`. `own`: documents whose vectors their callers bring."""
+    fresh = [
+        row | {"embedding": beside.vectors[row["content"]]}
+        for row in added
+        if row["id"] not in own and row["content"] in beside.vectors
+    ]
+    for statement, values in ((REMOVE_CHUNKS, removed), (RELABEL_CHUNKS, relabelled), (ADD_CHUNKS, fresh)):
+        if values:
+            await connection.execute(statement, list(values))

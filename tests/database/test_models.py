@@ -118,16 +118,99 @@ async def test_a_change_to_another_length_from_start_to_finish(steps, owner, own
     assert command.check(schema.config(replace(settings, migration_url=owner_url))) is None
 
 
+async def test_searches_and_writes_run_through_a_whole_change(steps, owner, owner_url, settings, embedder):
+    """Two processes, as it were, each with connections of its own; every answer is checked against its space."""
+    animals = [f"animal{n}" for n in range(40)]
+    texts = {name: f"The {name} lives in place{n} and eats food{n}." for n, name in enumerate(animals)}
+    await steps.put(*(Draft(name, text) for name, text in texts.items()))
+    done = asyncio.Event()
+    answered, written, spaces_seen = 0, {}, set()
+
+    async def keep_searching(database, number):
+        nonlocal answered
+        rng = np.random.default_rng(number)
+
+        async def searched(using):
+            space = Model(using.model, using.dimensions)
+            options = search.Options(mode="hybrid") if mode else None
+            given = await question_vector(using, texts[name])
+            found = await search.search(
+                database, settings, "acme", given, question=texts[name], space=space, options=options, top_k=3
+            )
+            return space, given, found.hits
+
+        while not done.is_set():
+            name, mode = animals[rng.integers(len(animals))], rng.integers(2)
+            space, given, hits = await spaces.following(database, settings, embedder, searched)
+            assert hits[0].id == name
+            for hit in hits:  # a similarity to a vector of the other space would be another number
+                assert hit.similarity == pytest.approx(float(given @ embedding(hit.content, space.dimensions)), abs=1e-4)
+            spaces_seen.add(space.name)
+            answered += 1
+
+    async def keep_writing(database, number):
+        rng = np.random.default_rng(100 + number)
+        turn = 0
+        while not done.is_set():
+            turn += 1
+            name = f"w{number}-{rng.integers(15)}"
+            if rng.integers(4) == 0 and name in written:
+                await documents.remove(database, "acme", name)
+                del written[name]
+            else:
+                text = f"Version {turn} of {name}, written by number{number}."
+                await put(database, embedder, settings, "acme", [Draft(name, text, doc_type=f"type{turn % 3}")])
+                written[name] = text
+
+    others = [Database(settings, settings.database_url) for _ in range(2)]
+    tasks = [asyncio.create_task(keep_searching(database, n)) for n, database in enumerate(others)]
+    tasks += [asyncio.create_task(keep_writing(database, n)) for n, database in enumerate(others)]
+
+    async def meanwhile(seconds=0.7):
+        before = answered
+        await asyncio.sleep(seconds)
+        while answered == before and not any(task.done() for task in tasks):
+            await asyncio.sleep(0.05)
+        for task in tasks:
+            if task.done():
+                task.result()
+
+    try:
+        await meanwhile()
+        await asyncio.to_thread(steps.start)
+        await meanwhile()
+        await steps.fill()
+        await meanwhile()
+        for step in (steps.switch, steps.rollback, steps.switch, steps.finish):
+            await step()
+            await meanwhile()
+    finally:
+        done.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for database in others:
+            await spaces.close(database)
+            await database.close()
+    assert results == [None] * 4
+    assert spaces_seen == {"text-embedding-3-small", NEW}
+    expected = sorted([*texts.values(), *written.values()])
+    assert vectors(owner) == [(text, LENGTH, True) for text in expected]
+    assert command.check(schema.config(replace(settings, migration_url=owner_url))) is None
+    counted = owner.execute("select sum(chunks)::int from collection_statistics").fetchone()
+    assert counted == owner.execute("select count(*) from document_terms").fetchone() == (len(expected),)
+
+
 def snapshot_of(url):
     """The schema, vectors' lengths left out, with comments and owners of what stays."""
     found = snapshot(url)
     with psycopg.connect(url) as connection:
         found["comments"] = connection.execute(
             "select c.relname, d.objsubid, d.description from pg_description d join pg_class c on c.oid = d.objoid "
-            "where c.relnamespace = 'public'::regnamespace and d.classoid = 'pg_class'::regclass order by 1, 2"
+            "where c.relnamespace = 'public'::regnamespace and d.classoid = 'pg_class'::regclass "
+            "and c.relname !~ '^documents_embedding_' order by 1, 2"
         ).fetchall()
         found["storage"] = connection.execute(
-            "select attname, attstorage, attnotnull from pg_attribute where attrelid = 'documents'::regclass and attnum > 0"
+            "select attname, attstorage, attnotnull from pg_attribute where attrelid = 'documents'::regclass and attnum > 0 "
+            "and not attisdropped"
         ).fetchall()
         found["valid"] = connection.execute("select conname from pg_constraint where not convalidated").fetchall()
     return {name: [str(each).replace(f"({LENGTH})", f"({DIMENSIONS})") for each in rows] for name, rows in found.items()}

@@ -100,7 +100,8 @@ def change(
     if not 1 <= chosen <= 100:
         raise BadInput("--oversampling", f"{chosen:g} is not allowed; allowed: 1 to 100")
     with connect(url) as connection, alone(connection):
-        if connection.execute("select from embedding_models where state in ('filling', 'retired')").fetchone():
+        changing = "select name from embedding_models where state in ('filling', 'retired')"
+        if connection.execute(changing).fetchone() is not None:
             raise SetupError("the embedding model is being changed: `pgrecall model` says what is left to do")
         row = connection.execute("select dimensions from embedding_models where state = 'active'").fetchone()
         dimensions = int(row[0]) if row else 0

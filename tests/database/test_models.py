@@ -1,6 +1,7 @@
 """The embedding model changes while searches and writes run: nobody is refused, no answer is of the wrong space."""
 
 import asyncio
+import itertools
 
 import numpy as np
 import psycopg
@@ -8,11 +9,10 @@ import pytest
 from alembic import command
 from msgspec.structs import replace
 
-from app import backfill, change, documents, schema, search, spaces
+from app import backfill, change, commands, documents, indexes, schema, search, spaces, swap
 from app.database import Database
 from app.drafts import Draft
-from app.embedding import open_embedder
-from app.errors import BadInput, ModelMismatch, SetupError, SpaceChanged
+from app.errors import BadInput, ModelMismatch, SetupError
 from app.model import Model
 from app.questions import vector as question_vector
 from app.upsert import put
@@ -89,7 +89,9 @@ def vectors(owner, table="documents"):
     """Text and length of the vector of each chunk, and whether it is what its model gives that text."""
     rows = owner.execute(f"select content, embedding::text from {table} order by content").fetchall()
     found = [(content, np.array(text.strip("[]").split(","), np.float32)) for content, text in rows]
-    return [(content, len(each), np.allclose(each, embedding(content, len(each)), atol=1e-5)) for content, each in found]
+    return [
+        (content, len(each), np.allclose(each, embedding(content, len(each)), atol=1e-5)) for content, each in found
+    ]
 
 
 async def test_a_change_to_another_length_from_start_to_finish(steps, owner, owner_url, settings):
@@ -118,81 +120,93 @@ async def test_a_change_to_another_length_from_start_to_finish(steps, owner, own
     assert command.check(schema.config(replace(settings, migration_url=owner_url))) is None
 
 
-async def test_searches_and_writes_run_through_a_whole_change(steps, owner, owner_url, settings, embedder):
-    """Two processes, as it were, each with connections of its own; every answer is checked against its space."""
-    animals = [f"animal{n}" for n in range(40)]
-    texts = {name: f"The {name} lives in place{n} and eats food{n}." for n, name in enumerate(animals)}
-    await steps.put(*(Draft(name, text) for name, text in texts.items()))
-    done = asyncio.Event()
-    answered, written, spaces_seen = 0, {}, set()
+class Traffic:
+    """Searches and writes of two processes, as it were, each with connections of its own, until `done`."""
 
-    async def keep_searching(database, number):
-        nonlocal answered
+    def __init__(self, settings, embedder, texts):
+        self.settings, self.embedder, self.texts = settings, embedder, texts
+        self.done = asyncio.Event()
+        self.answered, self.written, self.models = 0, {}, set()
+        self.databases = [Database(settings, settings.database_url) for _ in range(2)]
+        self.tasks = [asyncio.create_task(self.search(database, n)) for n, database in enumerate(self.databases)]
+        self.tasks += [asyncio.create_task(self.write(database, n)) for n, database in enumerate(self.databases)]
+
+    async def search(self, database, number):
         rng = np.random.default_rng(number)
+        while not self.done.is_set():
+            name = list(self.texts)[rng.integers(len(self.texts))]
+            mode = ("vector", "hybrid")[rng.integers(2)]
 
-        async def searched(using):
-            space = Model(using.model, using.dimensions)
-            options = search.Options(mode="hybrid") if mode else None
-            given = await question_vector(using, texts[name])
-            found = await search.search(
-                database, settings, "acme", given, question=texts[name], space=space, options=options, top_k=3
-            )
-            return space, given, found.hits
+            async def searched(using, name=name, mode=mode):
+                question = self.texts[name]
+                space, given = Model(using.model, using.dimensions), await question_vector(using, question)
+                options = search.Options(mode=mode)
+                found = await search.search(
+                    database, self.settings, "acme", given, question=question, space=space, options=options, top_k=3
+                )
+                return space, given, found.hits
 
-        while not done.is_set():
-            name, mode = animals[rng.integers(len(animals))], rng.integers(2)
-            space, given, hits = await spaces.following(database, settings, embedder, searched)
+            space, given, hits = await spaces.following(database, self.settings, self.embedder, searched)
             assert hits[0].id == name
-            for hit in hits:  # a similarity to a vector of the other space would be another number
-                assert hit.similarity == pytest.approx(float(given @ embedding(hit.content, space.dimensions)), abs=1e-4)
-            spaces_seen.add(space.name)
-            answered += 1
+            for hit in hits:  # against a vector of the other space it would be another number
+                expected = float(given @ embedding(hit.content, space.dimensions))
+                assert hit.similarity == pytest.approx(expected, abs=1e-4)
+            self.models.add(space.name)
+            self.answered += 1
 
-    async def keep_writing(database, number):
+    async def write(self, database, number):
         rng = np.random.default_rng(100 + number)
-        turn = 0
-        while not done.is_set():
-            turn += 1
+        for turn in itertools.count():
+            if self.done.is_set():
+                return
             name = f"w{number}-{rng.integers(15)}"
-            if rng.integers(4) == 0 and name in written:
+            if rng.integers(4) == 0 and name in self.written:
                 await documents.remove(database, "acme", name)
-                del written[name]
+                del self.written[name]
             else:
                 text = f"Version {turn} of {name}, written by number{number}."
-                await put(database, embedder, settings, "acme", [Draft(name, text, doc_type=f"type{turn % 3}")])
-                written[name] = text
+                draft = Draft(name, text, doc_type=f"type{turn % 3}")
+                await put(database, self.embedder, self.settings, "acme", [draft])
+                self.written[name] = text
 
-    others = [Database(settings, settings.database_url) for _ in range(2)]
-    tasks = [asyncio.create_task(keep_searching(database, n)) for n, database in enumerate(others)]
-    tasks += [asyncio.create_task(keep_writing(database, n)) for n, database in enumerate(others)]
-
-    async def meanwhile(seconds=0.7):
-        before = answered
-        await asyncio.sleep(seconds)
-        while answered == before and not any(task.done() for task in tasks):
-            await asyncio.sleep(0.05)
-        for task in tasks:
+    async def passes(self):
+        """Until some more has been answered and written. Raises what a search or write has raised."""
+        before = self.answered
+        for _ in range(600):
+            await asyncio.sleep(0.1)
+            if self.answered > before + 5 or any(task.done() for task in self.tasks):
+                break
+        for task in self.tasks:
             if task.done():
                 task.result()
 
-    try:
-        await meanwhile()
-        await asyncio.to_thread(steps.start)
-        await meanwhile()
-        await steps.fill()
-        await meanwhile()
-        for step in (steps.switch, steps.rollback, steps.switch, steps.finish):
-            await step()
-            await meanwhile()
-    finally:
-        done.set()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        for database in others:
+    async def end(self):
+        self.done.set()
+        results = await asyncio.gather(*self.tasks, return_exceptions=True)
+        for database in self.databases:
             await spaces.close(database)
             await database.close()
+        return results
+
+
+async def test_searches_and_writes_run_through_a_whole_change(steps, owner, owner_url, settings, embedder):
+    texts = {f"animal{n}": f"The animal{n} lives in place{n} and eats food{n}." for n in range(40)}
+    await steps.put(*(Draft(name, text) for name, text in texts.items()))
+    traffic = Traffic(settings, embedder, texts)
+    try:
+        await traffic.passes()
+        await asyncio.to_thread(steps.start)
+        await traffic.passes()
+        await steps.fill()
+        for step in (steps.switch, steps.rollback, steps.switch, steps.finish):
+            await traffic.passes()
+            await step()
+        await traffic.passes()
+    finally:
+        results = await traffic.end()
     assert results == [None] * 4
-    assert spaces_seen == {"text-embedding-3-small", NEW}
-    expected = sorted([*texts.values(), *written.values()])
+    assert traffic.models == {"text-embedding-3-small", NEW}
+    expected = sorted([*texts.values(), *traffic.written.values()])
     assert vectors(owner) == [(text, LENGTH, True) for text in expected]
     assert command.check(schema.config(replace(settings, migration_url=owner_url))) is None
     counted = owner.execute("select sum(chunks)::int from collection_statistics").fetchone()
@@ -213,4 +227,199 @@ def snapshot_of(url):
             "and not attisdropped"
         ).fetchall()
         found["valid"] = connection.execute("select conname from pg_constraint where not convalidated").fetchall()
-    return {name: [str(each).replace(f"({LENGTH})", f"({DIMENSIONS})") for each in rows] for name, rows in found.items()}
+    return {
+        name: [str(each).replace(f"({LENGTH})", f"({DIMENSIONS})") for each in rows] for name, rows in found.items()
+    }
+
+
+async def test_a_document_is_whole_in_both_spaces_after_each_write(steps, owner):
+    await steps.put(Draft("cats", CATS, doc_type="faq"), Draft("otters", OTTERS))
+    await steps.prepare()
+
+    async def same():
+        rows = "select tenant_id, id, chunk_key, doc_type, metadata, created_at, content from {} order by 1, 2, 3"
+        found = owner.execute(rows.format("documents")).fetchall()
+        assert owner.execute(rows.format("pgrecall_run_documents")).fetchall() == found
+        return [row[6] for row in found]
+
+    assert await same() == [CATS, OTTERS]
+    await steps.put(Draft("cats", CATS, doc_type="guide", metadata={"a": 1}))
+    assert await same() == [CATS, OTTERS]
+    await steps.put(Draft("cats", HERONS))
+    assert await same() == [HERONS, OTTERS]
+    await documents.remove(steps.database, "acme", "otters")
+    assert await same() == [HERONS]
+    await steps.switch()
+    await steps.put(Draft("otters", OTTERS), Draft("cats", CATS))
+    assert await same() == [CATS, OTTERS]
+    assert vectors(owner) == [(text, LENGTH, True) for text in (CATS, OTTERS)]
+    await steps.rollback()
+    assert vectors(owner) == [(text, DIMENSIONS, True) for text in (CATS, OTTERS)]
+
+
+async def test_the_same_document_again_writes_nothing_and_embeds_nothing_after_a_switch(steps, owner, openai):
+    await steps.put(Draft("cats", CATS))
+    await steps.prepare()
+    await steps.switch()
+    calls = len(openai.embedding_calls)
+    (outcome,) = await steps.put(Draft("cats", CATS))
+    assert (outcome.status, outcome.version, len(openai.embedding_calls)) == ("unchanged", 1, calls)
+
+
+async def test_a_write_whose_second_vector_fails_succeeds_and_is_left_to_the_backfill(steps, openai, owner):
+    await steps.prepare()
+    openai.models = {"text-embedding-3-small"}
+    await steps.put(Draft("cats", CATS))
+    assert len(openai.embedding_calls) == 2
+    await steps.put(Draft("otters", OTTERS))
+    assert len(openai.embedding_calls) == 3  # for a while nobody waits for a server that has failed
+    with pytest.raises(SetupError, match=r"cannot switch: 2 chunks have no vector of text-embedding-3-large yet"):
+        await steps.switch()
+    openai.models = None
+    assert (await steps.fill()).chunks == 2
+    await steps.switch()
+    assert vectors(owner) == [(text, LENGTH, True) for text in (CATS, OTTERS)]
+
+
+async def test_a_text_the_new_model_refuses_is_named_and_keeps_the_switch_from_happening(steps, openai):
+    await steps.put(Draft("cats", CATS), Draft("otters", OTTERS))
+    steps.start()
+    openai.poison = "Otters"
+    filled = await steps.fill()
+    assert filled.chunks == 1
+    assert [(each.tenant_id, each.id) for each in filled.refused] == [("acme", "otters")]
+    with pytest.raises(SetupError, match="1 chunks have no vector"):
+        await steps.switch()
+
+
+async def test_vectors_of_callers_without_a_new_one_keep_the_switch_from_happening(steps, openai):
+    own = embedding("something", DIMENSIONS)
+    await steps.put(Draft("cats", CATS), Draft("own", "A text with a vector of its own.", embedding=own))
+    await steps.prepare()
+    with pytest.raises(SetupError, match="1 chunks have vectors that their callers brought and none of"):
+        await steps.switch()
+    await steps.put(Draft("own", "A text with a vector of its own."))
+    await steps.switch()
+
+
+async def test_steps_in_the_wrong_order_are_refused_and_say_what_can_follow(steps):
+    for step in (change.switch, change.rollback, change.abandon):
+        with pytest.raises(SetupError, match="no change of the embedding model is under way"):
+            steps.run(step)
+    with pytest.raises(BadInput, match="is the model already"):
+        steps.start(change.model_of("text-embedding-3-small", DIMENSIONS, "openai", None))
+    steps.start()
+    with pytest.raises(SetupError, match="indexes for text-embedding-3-large are not built"):
+        steps.run(change.switch)
+    with pytest.raises(SetupError, match="cannot rollback: text-embedding-3-large is being filled"):
+        steps.run(change.rollback)
+    with pytest.raises(BadInput, match="is under way"):
+        steps.start(change.model_of("another", 32, "openai", None))
+    await steps.fill()
+    await steps.switch()
+    with pytest.raises(SetupError, match="cannot abandon: the switch to text-embedding-3-large is done"):
+        steps.run(change.abandon)
+    with pytest.raises(SetupError, match="being changed"):
+        indexes.change(steps.url, "half", oversampling=None, told=quiet, patience=0)
+
+
+async def test_an_abandoned_change_leaves_everything_as_it_was(steps, owner_url, owner):
+    await steps.put(Draft("cats", CATS))
+    before = snapshot_of(owner_url)
+    await steps.prepare()
+    steps.run(change.abandon)
+    assert snapshot_of(owner_url) == before
+    await steps.put(Draft("cats", OTTERS))
+    assert vectors(owner) == [(OTTERS, DIMENSIONS, True)]
+    await steps.prepare()
+    await steps.switch()
+    assert vectors(owner) == [(OTTERS, LENGTH, True)]
+
+
+async def test_what_is_bound_to_the_table_and_cannot_follow_is_named_before_anything_is_done(steps, owner):
+    owner.execute("create materialized view nightly as select count(*) from documents")
+    owner.execute("create function chunk() returns documents language sql as 'select * from documents limit 1'")
+    with pytest.raises(
+        SetupError, match=r"function chunk\(\).*is bound to the table documents.*materialized view nightly"
+    ):
+        steps.start()
+    assert owner.execute("select count(*) from embedding_models").fetchone() == (1,)
+
+
+async def test_a_view_of_the_owners_own_reads_the_active_space_throughout(steps, owner):
+    owner.execute("create view lengths as select id, vector_dims(embedding) as length from document_chunks")
+    owner.execute("comment on view lengths is 'How long they are.'")
+    owner.execute("grant select on lengths to pgrecall_analyst")
+    await steps.put(Draft("cats", CATS))
+    await steps.prepare()
+    for step, length in ((steps.switch, LENGTH), (steps.rollback, DIMENSIONS), (steps.switch, LENGTH)):
+        await step()
+        assert owner.execute("select * from lengths").fetchall() == [("cats", length)]
+    await steps.finish()
+    assert owner.execute("select obj_description('lengths'::regclass)").fetchone() == ("How long they are.",)
+    assert owner.execute("select has_table_privilege('pgrecall_analyst', 'lengths', 'select')").fetchone() == (True,)
+
+
+async def test_a_reader_that_holds_its_locks_keeps_the_switch_from_happening_and_is_not_harmed(
+    steps, owner, owner_url, monkeypatch
+):
+    monkeypatch.setattr(swap, "ATTEMPTS", 2)
+    await steps.put(Draft("cats", CATS))
+    await steps.prepare()
+    with psycopg.connect(owner_url) as reader:
+        reader.execute("select count(*) from tenant_documents")
+        with pytest.raises(SetupError, match="Nothing is changed"):
+            await steps.switch()
+        assert reader.execute("select count(*) from documents").fetchone() == (1,)
+    assert vectors(owner) == [(CATS, DIMENSIONS, True)]
+    await steps.switch()
+
+
+async def test_a_process_started_with_the_settings_of_either_model_serves_the_active_one(steps, settings, openai):
+    await steps.put(Draft("otters", OTTERS))
+    old, new = settings, replace(settings, embedding_model=NEW, embedding_dimensions=LENGTH)
+
+    async def started(with_settings):
+        async with commands.opened(with_settings) as (database, embedder):
+            await put(database, embedder, with_settings, "acme", [Draft("cats", CATS)])
+            return embedder.model
+
+    with pytest.raises(ModelMismatch):
+        await started(new)
+    await steps.prepare()
+    assert [await started(each) for each in (old, new)] == ["text-embedding-3-small"] * 2
+    await steps.switch()
+    assert [await started(each) for each in (old, new)] == [NEW] * 2
+    await steps.finish()
+    assert [await started(each) for each in (old, new)] == [NEW] * 2
+    with pytest.raises(ModelMismatch):
+        await started(replace(settings, embedding_model="another"))
+
+
+async def test_a_change_to_more_dimensions_than_a_full_index_takes_and_back(steps, owner, owner_url, settings, openai):
+    await steps.put(Draft("cats", CATS))
+    long = change.model_of(NEW, 3_072, "openai", openai.url)
+    steps.start(long)
+    await steps.fill()
+    await steps.switch()
+    kinds = "select kind, state from vector_indexes order by 1"
+    assert owner.execute(kinds).fetchall() == [("full", "retired"), ("half", "active")]
+    await steps.rollback()
+    assert owner.execute(kinds).fetchall() == [("full", "active"), ("half", "retired")]
+    await steps.switch()
+    await steps.finish()
+    assert owner.execute(kinds).fetchall() == [("half", "active")]
+    assert command.check(schema.config(replace(settings, migration_url=owner_url))) is None
+    assert (await steps.find("when do cats hunt"))[1][0].id == "cats"
+
+
+async def test_a_migration_down_gives_up_a_change_under_way(steps, owner_url, settings, owner):
+    await steps.put(Draft("cats", CATS))
+    await steps.prepare()
+    config = schema.config(replace(settings, migration_url=owner_url))
+    command.downgrade(config, "0004")
+    assert owner.execute("select to_regclass('pgrecall_run_documents')").fetchone() == (None,)
+    command.upgrade(config, "head")
+    assert command.check(config) is None
+    await steps.prepare()
+    await steps.switch()

@@ -236,8 +236,11 @@ def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
         added.add_argument("--dimensions", type=_whole(1, 4_000), metavar="N", help="length of its vectors")
         added.add_argument("--base-url", metavar="URL", help="its server, if not the one of OPENAI_BASE_URL")
         added.add_argument("--rate", type=float, metavar="N", help="at most so many chunks a second")
-        if name == "plan":
-            added.add_argument("--price", type=float, metavar="P", help="of a million tokens")
+        added.add_argument("--price", type=float, metavar="P", help="of a million tokens")
+        if name == "backfill":
+            added.add_argument(
+                "--max-tokens", type=_whole(1, 10**12), metavar="N", help="stop before more tokens are embedded"
+            )
     step("switch", transition.switch, "Have the new model searched, at once; refused while anything is missing.")
     step("rollback", transition.rollback, "Have the former model searched again, at once; until finish.")
     step("finish", transition.finish, "Drop the former model's vectors and index.")

@@ -21,7 +21,8 @@ from pgvector.psycopg import register_vector
 from app import cache
 from app.database import Database
 from app.embedding import Embedder
-from app.errors import EmbeddingFailed
+from app.errors import EmbeddingFailed, PgrecallError
+from app.meter import Meter
 from app.settings import Settings
 
 BATCH = 256
@@ -74,11 +75,12 @@ class Refused(NamedTuple):
 
 @dataclass
 class Filled:
-    """What a backfill did. `tokens` as the other model's embedder counts them."""
+    """What a backfill did. `stopped`: what came in its way, such as a server that is away or a budget that is spent."""
 
+    meter: Meter
     chunks: int = 0
-    tokens: int = 0
     refused: list[Refused] = field(default_factory=list)
+    stopped: PgrecallError | None = None
 
 
 async def fill(
@@ -86,6 +88,7 @@ async def fill(
     database: Database,
     embedder: Embedder,
     settings: Settings,
+    meter: Meter,
     *,
     told: Callable[[int], None],
     rate: float | None = None,
@@ -93,11 +96,11 @@ async def fill(
 ) -> Filled:
     """Give every chunk its second vector that has none, at most `rate` a second. `told` gets how many have been.
 
-    `connection` is the owner's, `embedder` the other model's. Raises EmbeddingFailed where its server fails; what was
-    done stays.
+    `connection` is the owner's, `embedder` the other model's, `meter` counts what is embedded and may limit it. Ends
+    early where its server is away or the limit is reached; what was done stays.
     """
     register_vector(connection)
-    filled = Filled()
+    filled = Filled(meter)
     begun = time.monotonic()
     place = {"tenant_id": "", "id": "", "chunk_key": ""}
     while True:
@@ -113,13 +116,14 @@ async def fill(
                 filled.refused.append(Refused(row.tenant_id, row.id, reason))
             else:
                 by_tenant[row.tenant_id].append(row)
-                filled.tokens += size
         for tenant_id, some in by_tenant.items():
             done, vectors = await _embedded(database, embedder, settings, tenant_id, some, filled)
             if done:
                 await asyncio.to_thread(_write, connection, done, vectors)
             filled.chunks += len(done)
             told(filled.chunks)
+            if filled.stopped is not None:
+                return filled
         if rate is not None:
             await asyncio.sleep(max(0.0, begun + filled.chunks / rate - time.monotonic()))
 
@@ -127,19 +131,16 @@ async def fill(
 async def _embedded(
     database: Database, embedder: Embedder, settings: Settings, tenant_id: str, chunks: list[Chunk], filled: Filled
 ) -> tuple[list[Chunk], npt.NDArray[np.float32]]:
-    """The chunks that the model takes, and their vectors."""
-    left = list(chunks)
-    while left:
-        try:
-            texts = [chunk.content for chunk in left]
-            return left, await cache.embed(database, embedder, settings, tenant_id, texts)
-        except EmbeddingFailed as error:
-            if error.index is None:
-                raise
-            refused = left[error.index]
-            filled.refused.append(Refused(refused.tenant_id, refused.id, str(error)))
-            left = [chunk for chunk in left if chunk.content != refused.content]
-    return [], np.empty((0, embedder.dimensions), np.float32)
+    """The chunks that the model takes, and their vectors. What came in the way is put into `filled`."""
+    texts = [chunk.content for chunk in chunks]
+    vectors, faults = await cache.embed_each(database, embedder, settings, tenant_id, texts, meter=filled.meter)
+    for position, fault in faults.items():
+        if isinstance(fault, EmbeddingFailed) and fault.index is not None:
+            filled.refused.append(Refused(tenant_id, chunks[position].id, str(fault)))
+        else:
+            filled.stopped = fault
+    done = [position for position in range(len(chunks)) if position not in faults]
+    return [chunks[position] for position in done], vectors[done]
 
 
 def _read(connection: psycopg.Connection[Any], values: dict[str, Any]) -> list[Chunk]:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app import cache, spaces
 from app.database import Database
 from app.embedding import Embedder
-from app.errors import EmbeddingFailed, PgrecallError
+from app.errors import PgrecallError
 from app.model import Model
 from app.settings import Settings
 from app.tables import shadow
@@ -87,33 +87,24 @@ async def vectors(
         return Beside(other.model, {})
     try:
         using = await spaces.of(database, settings, embedder, other.model)
-        return Beside(other.model, await _embedded(database, using, settings, tenant_id, texts))
+        sizes = using.count_tokens(list(texts))
+        fitting = [text for text, size in zip(texts, sizes, strict=True) if size <= using.max_tokens]
+        found, faults = await cache.embed_each(database, using, settings, tenant_id, fitting)
     except PgrecallError as error:
+        found, fitting, faults = np.empty((0, 0), np.float32), [], {}
+        in_the_way: PgrecallError | None = error
+    else:
+        in_the_way = next((fault for fault in faults.values() if getattr(fault, "index", None) is None), None)
+    if in_the_way is not None:
         _failed[database] = time.monotonic()
         log.warning(
             "%s gave no vectors; what is written within %.0f s is left to `pgrecall model backfill`: %s",
             other.name,
             PAUSE,
-            error,
+            in_the_way,
         )
-        return Beside(other.model, {})
-
-
-async def _embedded(
-    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, texts: Sequence[str]
-) -> Vectors:
-    sizes = embedder.count_tokens(list(texts))
-    fitting = [text for text, size in zip(texts, sizes, strict=True) if size <= embedder.max_tokens]
-    while fitting:
-        try:
-            found = await cache.embed(database, embedder, settings, tenant_id, fitting)
-        except EmbeddingFailed as error:
-            if error.index is None:
-                raise
-            del fitting[error.index]
-        else:
-            return dict(zip(fitting, found, strict=True))
-    return {}
+    vectors = zip(fitting, found, strict=True)
+    return Beside(other.model, {text: vector for row, (text, vector) in enumerate(vectors) if row not in faults})
 
 
 async def write(

@@ -122,6 +122,8 @@ async def locked(connection: AsyncConnection, database: Database, embedder: Embe
 
 async def expect(database: Database, settings: Settings, configured: Embedder, lengths: Sequence[int]) -> None:
     """Look again where vectors that callers bring are not as long as those that were searched when last looked."""
+    if not lengths:
+        return
     embedder = await current(database, settings, configured)
     if any(length != embedder.dimensions for length in lengths):
         await refresh(database)

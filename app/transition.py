@@ -13,6 +13,7 @@ from app.change import Connection, Standing
 from app.database import Database
 from app.embedding import Embedder
 from app.errors import BadInput, WrongSetting
+from app.meter import Meter
 from app.model import Provider, Recorded
 from app.settings import LOCAL_DIMENSIONS, LOCAL_MODEL, OPENAI_DIMENSIONS, Settings
 
@@ -77,8 +78,24 @@ def fill(arguments: Namespace, config: Settings) -> int:
         terminal.say(f"no vector for a chunk of {refused.id!r} (tenant {refused.tenant_id}): {refused.reason}")
     if len(filled.refused) > SHOWN:
         terminal.say(f"… and for {len(filled.refused) - SHOWN:,} more chunks")
-    _show(arguments, stands, {"embedded": filled.chunks, "tokens": filled.tokens, "refused": len(filled.refused)})
-    return 1 if stands.gaps and stands.gaps.missing else 0
+    meter = filled.meter
+    _show(
+        arguments,
+        stands,
+        {
+            "embedded": filled.chunks,
+            "tokens": meter.tokens,
+            "cost": meter.cost(arguments.price),
+            "retries": meter.retries,
+            "refused": len(filled.refused),
+            "stopped": None if filled.stopped is None else str(filled.stopped),
+        },
+    )
+    cost = "" if arguments.price is None else f", which cost {meter.cost(arguments.price):,.2f}"
+    _say(arguments, f"{filled.chunks:,} chunks embedded, {meter.tokens:,} tokens{cost}")
+    if filled.stopped is not None:
+        _say(arguments, f"stopped: {filled.stopped}. Run `pgrecall model backfill` again to go on")
+    return 1 if filled.stopped is not None or (stands.gaps and stands.gaps.missing) else 0
 
 
 async def _fill(arguments: Namespace, ready: Settings, url: str, connection: Connection) -> Filled:
@@ -89,7 +106,10 @@ async def _fill(arguments: Namespace, ready: Settings, url: str, connection: Con
             new = change.start(connection, wanted(arguments, ready), provider, ready.openai_base_url)
         await spaces.refresh(database)
         embedder = await spaces.of(database, ready, configured, new.model)
-        filled = await _passes(arguments, connection, database, embedder, ready, backfill.BATCH)
+        filled = Filled(Meter(arguments.max_tokens))
+        await _passes(arguments, connection, database, embedder, ready, filled, backfill.BATCH)
+        if filled.stopped is not None:
+            return filled
         connection.execute("vacuum (analyze) pgrecall_run_documents")
         with terminal.progress("%") as progress:
             task = progress.add_task("indexes", total=100)
@@ -100,8 +120,8 @@ async def _fill(arguments: Namespace, ready: Settings, url: str, connection: Con
                 new,
                 lambda what, share: progress.update(task, description=what, completed=100 * share),
             )
-        later = await _passes(arguments, connection, database, embedder, ready, CATCH_UP)
-        return Filled(filled.chunks + later.chunks, filled.tokens + later.tokens, later.refused)
+        await _passes(arguments, connection, database, embedder, ready, filled, CATCH_UP)
+        return filled
 
 
 async def _passes(
@@ -110,26 +130,28 @@ async def _passes(
     database: Database,
     embedder: Embedder,
     ready: Settings,
+    filled: Filled,
     batch: int,
-) -> Filled:
-    """Fill until a pass finds nothing that could be filled."""
-    total = Filled()
-    while True:
+) -> None:
+    """Fill until a pass finds nothing that could be filled, and add up what was done."""
+    while filled.stopped is None:
         missing = change.gaps(connection).missing
         with terminal.progress("chunks") as bar:
             task = bar.add_task(f"embed with {embedder.model}", total=missing)
-            filled = await backfill.fill(
+            now = await backfill.fill(
                 connection,
                 database,
                 embedder,
                 ready,
+                filled.meter,
                 told=lambda done, bar=bar, task=task: bar.update(task, completed=done),  # type: ignore[misc]
                 rate=arguments.rate,
                 batch=batch,
             )
-        total = Filled(total.chunks + filled.chunks, total.tokens + filled.tokens, filled.refused)
-        if not filled.chunks:
-            return total
+        filled.chunks += now.chunks
+        filled.refused, filled.stopped = now.refused, now.stopped
+        if not now.chunks:
+            return
 
 
 def switch(arguments: Namespace, config: Settings) -> int:

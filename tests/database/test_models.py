@@ -13,6 +13,7 @@ from app import backfill, change, commands, documents, indexes, schema, search, 
 from app.database import Database
 from app.drafts import Draft
 from app.errors import BadInput, ModelMismatch, SetupError
+from app.meter import Meter
 from app.model import Model
 from app.questions import vector as question_vector
 from app.upsert import put
@@ -46,12 +47,14 @@ class Steps:
         with change.operating(self.url) as connection:
             change.start(connection, new or self.new, "openai", self.settings.openai_base_url)
 
-    async def fill(self, **options):
+    async def fill(self, budget=None, **options):
         with change.operating(self.url) as connection:
             await spaces.refresh(self.database)
             to = change.other(connection)
             other = await spaces.of(self.database, self.settings, self.embedder, to.model)
-            filled = await backfill.fill(connection, self.database, other, self.settings, told=quiet, **options)
+            filled = await backfill.fill(
+                connection, self.database, other, self.settings, Meter(budget), told=quiet, **options
+            )
             await asyncio.to_thread(change.build, connection, self.url, to, quiet)
             return filled
 

@@ -14,7 +14,7 @@ if os.getpid() == 1:
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import __version__, commands, demo, floors, scorecard, settings, telemetry, terminal, transition
+from app import __version__, commands, demo, floors, scorecard, settings, telemetry, terminal, transition, weighing
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
@@ -239,9 +239,35 @@ def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
         added.add_argument("--price", type=float, metavar="P", help="of a million tokens")
         if name == "backfill":
             added.add_argument(
+                "--callers", action="store_true", help="embed texts whose vectors their callers brought, too"
+            )
+            added.add_argument(
                 "--max-tokens", type=_whole(1, 10**12), metavar="N", help="stop before more tokens are embedded"
             )
-    step("switch", transition.switch, "Have the new model searched, at once; refused while anything is missing.")
+    compared = step(
+        "compare", transition.compare, "Set the new model beside the former one: judged queries, or sampled chunks."
+    )
+    switched = step(
+        "switch", transition.switch, "Have the new model searched, at once; refused while anything is missing."
+    )
+    for added in (compared, switched):
+        added.add_argument(
+            "--judged", type=Path, metavar="PATH", help="queries whose documents are known, as for pgrecall evaluate"
+        )
+        added.add_argument("--tenant", help="tenant of the lines that name none")
+        added.add_argument(
+            "-k", type=_whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
+        )
+    compared.add_argument(
+        "--sample", type=_whole(2, 100_000), default=200, metavar="N", help="so many chunks, without --judged (200)"
+    )
+    switched.add_argument(
+        "--tolerance",
+        type=float,
+        default=weighing.TOLERANCE,
+        metavar="D",
+        help=f"refuse where nDCG on --judged falls by more ({weighing.TOLERANCE:g})",
+    )
     step("rollback", transition.rollback, "Have the former model searched again, at once; until finish.")
     step("finish", transition.finish, "Drop the former model's vectors and index.")
     step("abandon", transition.abandon, "Before a switch: drop the new model's vectors and index.")

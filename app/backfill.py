@@ -31,13 +31,13 @@ BATCH = 256
 MISSING = """
 select d.tenant_id, d.id, d.chunk_key, d.content
   from documents d
-  join sources s on s.tenant_id = d.tenant_id and s.id = d.id and s.embedding_origin = 'pgrecall'
+  join sources s on s.tenant_id = d.tenant_id and s.id = d.id and (%(callers)s or s.embedding_origin = 'pgrecall')
  where (d.tenant_id, d.id, d.chunk_key) > (%(tenant_id)s, %(id)s, %(chunk_key)s)
    and not exists (select from pgrecall_run_documents r
                     where r.tenant_id = d.tenant_id and r.id = d.id and r.chunk_key = d.chunk_key)
  order by d.tenant_id, d.id, d.chunk_key limit %(batch)s
 """
-"""The next chunks that have no second vector, without those whose vectors their callers brought."""
+"""The next chunks that have no second vector; of those whose vectors their callers brought only where that is asked."""
 
 LOCK = """
 select from sources s join (select distinct * from unnest(%(tenants)s::text[], %(ids)s::text[]) k (tenant_id, id)) k
@@ -75,11 +75,12 @@ class Refused(NamedTuple):
 
 @dataclass
 class Filled:
-    """What a backfill did. `stopped`: what came in its way, such as a server that is away or a budget that is spent."""
+    """What a backfill did. `too_long`: documents (tenant, id) with chunks longer than the other model reads. `stopped`: what came in its way, such as a server that is away or a budget that is spent."""
 
     meter: Meter
     chunks: int = 0
     refused: list[Refused] = field(default_factory=list)
+    too_long: set[tuple[str, str]] = field(default_factory=set)
     stopped: PgrecallError | None = None
 
 
@@ -93,18 +94,20 @@ async def fill(
     told: Callable[[int], None],
     rate: float | None = None,
     batch: int = BATCH,
+    callers: bool = False,
 ) -> Filled:
     """Give every chunk its second vector that has none, at most `rate` a second. `told` gets how many have been.
 
     `connection` is the owner's, `embedder` the other model's, `meter` counts what is embedded and may limit it. Ends
-    early where its server is away or the limit is reached; what was done stays.
+    early where its server is away or the limit is reached; what was done stays. With `callers` the texts of documents whose
+    vectors their callers brought are embedded too.
     """
     register_vector(connection)
     filled = Filled(meter)
     begun = time.monotonic()
     place = {"tenant_id": "", "id": "", "chunk_key": ""}
     while True:
-        rows = await asyncio.to_thread(_read, connection, place | {"batch": batch})
+        rows = await asyncio.to_thread(_read, connection, place | {"batch": batch, "callers": callers})
         if not rows:
             return filled
         place = {"tenant_id": rows[-1].tenant_id, "id": rows[-1].id, "chunk_key": rows[-1].chunk_key}
@@ -114,6 +117,7 @@ async def fill(
             if size > embedder.max_tokens:
                 reason = f"has {size:,} tokens, {embedder.model} reads {embedder.max_tokens:,}"
                 filled.refused.append(Refused(row.tenant_id, row.id, reason))
+                filled.too_long.add((row.tenant_id, row.id))
             else:
                 by_tenant[row.tenant_id].append(row)
         for tenant_id, some in by_tenant.items():

@@ -132,7 +132,7 @@ def _notes(new: Recorded, kind: Kind, callers: int, too_long: int, embedder: Emb
         )
     if too_long:
         notes.append(
-            f"about {too_long:,} chunks are longer than the {embedder.max_tokens:,} tokens this model reads, and a switch "
-            "is refused while there are any: put these documents again with a smaller PGRECALL_CHUNK_MAX_TOKENS first"
+            f"about {too_long:,} chunks are longer than the {embedder.max_tokens:,} tokens this model reads: their documents "
+            "are cut anew, so that both models read every chunk whole; what changes is embedded with both"
         )
     return notes

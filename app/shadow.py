@@ -6,6 +6,7 @@ no second vector are left to the backfill, and a switch or a rollback is refused
 """
 
 import logging
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -73,7 +74,40 @@ class Beside(NamedTuple):
     vectors: Vectors
 
 
+class Cutter:
+    """Stands for an embedder where texts are cut: what it counts as few enough, the other model reads whole too.
+
+    `fits` is part of the name of the rules, so that a document cut for one model alone is told apart.
+    """
+
+    def __init__(self, embedder: Embedder, other: Embedder, max_tokens: int) -> None:
+        self.model, self.dimensions, self.max_tokens = embedder.model, embedder.dimensions, embedder.max_tokens
+        self.fits = f"/{other.max_tokens} {other.model}"
+        self._counts = (embedder.count_tokens, other.count_tokens)
+        self._share = max_tokens / other.max_tokens
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, or the share of the other model's limit that it takes, whichever is more."""
+        ours, theirs = (count(texts) for count in self._counts)
+        return [max(one, math.ceil(other * self._share)) for one, other in zip(ours, theirs, strict=True)]
+
+
 _failed: WeakKeyDictionary[Database, float] = WeakKeyDictionary()
+
+
+async def cutter(database: Database, embedder: Embedder, settings: Settings) -> Embedder | Cutter:
+    """What texts are measured by when they are cut: the embedder, unless another model is beside it and may read less."""
+    other = spaces.beside(database)
+    if other is None:
+        return embedder
+    try:
+        using = await spaces.of(database, settings, embedder, other.model)
+    except PgrecallError:
+        return embedder  # `vectors` says why
+    most = min(settings.chunk_max_tokens, embedder.max_tokens)
+    # No tokenizer makes four times as many tokens of a text as another; two servers' are estimated alike.
+    alike = type(using) is type(embedder) and using.max_tokens >= most
+    return embedder if alike or using.max_tokens >= 4 * most else Cutter(embedder, using, most)
 
 
 async def vectors(

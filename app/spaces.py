@@ -91,13 +91,16 @@ def opened(settings: Settings, recorded: Recorded) -> Embedder:
     """An embedder for a recorded model. Its row says where it runs, the environment has the key."""
     if recorded.provider == "local":
         return LocalEmbedder()
+    # A key goes to the server it is for.
+    elsewhere = recorded.base_url != settings.openai_base_url
     return open_embedder(
         replace(
             settings,
             embedder="openai",
             embedding_model=recorded.name,
             embedding_dimensions=recorded.dimensions,
-            openai_base_url=recorded.base_url or settings.openai_base_url,
+            openai_base_url=recorded.base_url,
+            openai_api_key=settings.other_api_key if elsewhere else settings.openai_api_key,
         )
     )
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from app import backfill, change, commands, forecast, schema, spaces, terminal
+from app import backfill, change, commands, forecast, recut, schema, spaces, terminal, weighing
 from app.backfill import Filled
 from app.change import Connection, Standing
 from app.database import Database
 from app.embedding import Embedder
-from app.errors import BadInput, WrongSetting
+from app.errors import BadInput, BudgetSpent, EmbeddingFailed, WrongSetting
 from app.meter import Meter
 from app.model import Provider, Recorded
 from app.settings import LOCAL_DIMENSIONS, LOCAL_MODEL, OPENAI_DIMENSIONS, Settings
@@ -40,7 +40,7 @@ def plan(arguments: Namespace, config: Settings) -> int:
         terminal.json(found._asdict())
         return 0
     terminal.table(
-        f"changing the embedding model to {found.model} with {found.dimensions:,} dimensions",
+        f"{found.model}, {found.dimensions:,} dimensions",
         [("what", "left"), ("how much", "right")],
         [
             ("documents, in tenants", f"{found.documents:,}, {found.tenants:,}"),
@@ -108,6 +108,8 @@ async def _fill(arguments: Namespace, ready: Settings, url: str, connection: Con
         embedder = await spaces.of(database, ready, configured, new.model)
         filled = Filled(Meter(arguments.max_tokens))
         await _passes(arguments, connection, database, embedder, ready, filled, backfill.BATCH)
+        await _cut_anew(database, configured, ready, filled)
+        await _passes(arguments, connection, database, embedder, ready, filled, backfill.BATCH)
         if filled.stopped is not None:
             return filled
         connection.execute("vacuum (analyze) pgrecall_run_documents")
@@ -122,6 +124,21 @@ async def _fill(arguments: Namespace, ready: Settings, url: str, connection: Con
             )
         await _passes(arguments, connection, database, embedder, ready, filled, CATCH_UP)
         return filled
+
+
+async def _cut_anew(database: Database, configured: Embedder, ready: Settings, filled: Filled) -> None:
+    """Documents with chunks that the new model does not read whole, into chunks that both read whole."""
+    if filled.stopped is not None or not filled.too_long:
+        return
+    terminal.say(f"{len(filled.too_long):,} documents have chunks longer than the new model reads: they are cut anew")
+    with terminal.progress("documents") as bar:
+        task = bar.add_task("cut anew", total=len(filled.too_long))
+        try:
+            await recut.run(
+                database, configured, ready, filled.meter, sorted(filled.too_long), lambda: bar.advance(task)
+            )
+        except (EmbeddingFailed, BudgetSpent) as error:
+            filled.stopped = error
 
 
 async def _passes(
@@ -147,16 +164,25 @@ async def _passes(
                 told=lambda done, bar=bar, task=task: bar.update(task, completed=done),  # type: ignore[misc]
                 rate=arguments.rate,
                 batch=batch,
+                callers=arguments.callers,
             )
         filled.chunks += now.chunks
-        filled.refused, filled.stopped = now.refused, now.stopped
+        filled.refused, filled.too_long, filled.stopped = now.refused, now.too_long, now.stopped
         if not now.chunks:
             return
 
 
+def compare(arguments: Namespace, config: Settings) -> int:
+    """Whether the new model finds what the former one finds."""
+    with _operating(config, alone=False) as (ready, _, connection):
+        weighing.show(arguments, weighing.compare(arguments, ready, connection))
+    return 0
+
+
 def switch(arguments: Namespace, config: Settings) -> int:
     """Have the new model searched."""
-    with _operating(config) as (_, _, connection):
+    with _operating(config) as (ready, _, connection):
+        weighing.check(arguments, ready, connection)
         new = change.switch(connection)
         _show(arguments, change.standing(connection))
     _say(

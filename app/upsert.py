@@ -24,9 +24,10 @@ from app.chunking import Chunk
 from app.database import Database
 from app.drafts import Draft, check
 from app.embedding import Embedder
-from app.errors import BadInput, EmbeddingFailed, PgrecallError, TooLarge, Unavailable, VersionConflict
+from app.errors import BadInput, EmbeddingFailed, PgrecallError, SpaceChanged, TooLarge, Unavailable, VersionConflict
 from app.meter import Meter
 from app.settings import Settings
+from app.shadow import Cutter
 from app.statements import rendered
 from app.tables import documents, sources, tenant_documents, tenant_sources
 from app.tags import tag
@@ -140,7 +141,8 @@ async def _put(
     token_limit: int | None,
     meter: Meter | None,
 ) -> list[Outcome]:
-    plans = await asyncio.to_thread(_plan, embedder, settings, drafts, token_limit)
+    cutter = await shadow.cutter(database, embedder, settings)
+    plans = await asyncio.to_thread(_plan, cutter, settings, drafts, token_limit)
     for _ in range(TRIES):
         stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans])
         vectors, faults = await _vectors(database, embedder, settings, tenant_id, plans, stored, meter)
@@ -190,7 +192,8 @@ async def _put_each(
     drafts: Sequence[Draft],
     meter: Meter | None,
 ) -> list[Outcome | Fault]:
-    planned = await asyncio.to_thread(_plan_each, embedder, settings, drafts)
+    cutter = await shadow.cutter(database, embedder, settings)
+    planned = await asyncio.to_thread(_plan_each, cutter, settings, drafts)
     answers: list[Outcome | Fault | None] = [item if isinstance(item, Fault) else None for item in planned]
     plans = {index: item for index, item in enumerate(planned) if isinstance(item, _Plan)}
     if not plans:
@@ -226,7 +229,9 @@ def _check_count(drafts: Sequence[Draft]) -> None:
         raise BadInput("documents", f"{len(drafts)} items; allowed: 1 to {MAX_BATCH:,}")
 
 
-def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token_limit: int | None) -> list[_Plan]:
+def _plan(
+    embedder: Embedder | Cutter, settings: Settings, drafts: Sequence[Draft], token_limit: int | None
+) -> list[_Plan]:
     _check_count(drafts)
     own = []
     seen: dict[str, int] = {}
@@ -243,7 +248,7 @@ def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token
     return [_cut(embedder, settings, draft, vector) for draft, vector in zip(drafts, own, strict=True)]
 
 
-def _plan_each(embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) -> list[_Plan | Fault]:
+def _plan_each(embedder: Embedder | Cutter, settings: Settings, drafts: Sequence[Draft]) -> list[_Plan | Fault]:
     planned: list[_Plan | Fault] = []
     seen: dict[str, int] = {}
     for index, draft in enumerate(drafts):
@@ -259,14 +264,14 @@ def _plan_each(embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) 
     return planned
 
 
-def _cut(embedder: Embedder, settings: Settings, draft: Draft, own: npt.NDArray[np.float32] | None) -> _Plan:
+def _cut(embedder: Embedder | Cutter, settings: Settings, draft: Draft, own: npt.NDArray[np.float32] | None) -> _Plan:
     max_tokens = min(settings.chunk_max_tokens, embedder.max_tokens)
     if own is not None:
         chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
         return _Plan(draft, cache.digest(draft.content), chunks, "whole", embedder.model, own)
     overlap = settings.chunk_overlap_tokens
     chunks = chunking.chunk(draft.content, embedder.count_tokens, max_tokens=max_tokens, overlap_tokens=overlap)
-    chunker = f"{chunking.VERSION}/{max_tokens}/{overlap}"
+    chunker = f"{chunking.VERSION}/{max_tokens}/{overlap}" + (embedder.fits if isinstance(embedder, Cutter) else "")
     return _Plan(draft, cache.digest(draft.content), chunks, chunker, embedder.model, None)
 
 
@@ -289,7 +294,7 @@ def _together(faults: Mapping[int, PgrecallError], count: int) -> PgrecallError:
     return next(iter(faults.values()))
 
 
-def _check_tokens(embedder: Embedder, texts: list[str], limit: int) -> None:
+def _check_tokens(embedder: Embedder | Cutter, texts: list[str], limit: int) -> None:
     # No tokenizer makes more tokens than bytes, so a small request is let through without counting.
     if sum(len(text.encode()) for text in texts) <= limit:
         return
@@ -461,10 +466,10 @@ class _Space(NamedTuple):
     beside: shadow.Beside | None
 
     async def check(self, connection: AsyncConnection) -> None:
-        """Raise SpaceChanged or _Overtaken unless these are what the database wants. To be called with `sources` locked."""
+        """Raise SpaceChanged unless these are what the database wants. To be called with `sources` locked."""
         other = await spaces.locked(connection, self.database, self.embedder)
         if (other and other.model) != (self.beside and self.beside.model):
-            raise _Overtaken
+            raise SpaceChanged((self.embedder.model, self.embedder.dimensions))
 
 
 async def _write(

@@ -6,8 +6,8 @@ schema as long as no model is being changed; `pgrecall model backfill` belongs a
 
 from alembic import op
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 

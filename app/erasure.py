@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 _tenant = bindparam("tenant_id", type_=Text)
 _document = bindparam("document_id", type_=Text)
 
-OLDER = text("not age(xmin) between 0 and age(cast(:transaction as xid))")
-"""Rows that were there before a transaction. Those of later ones are as old as it at most; what vacuum froze long ago may
-bear any number."""
+OLDER = text("not age(xmin) between -1000000 and age(cast(:transaction as xid))")
+"""Rows that were there before a transaction. Later ones are younger than it, and than the look itself where they came during
+it; what vacuum froze long ago may bear any number."""
 
 DOCUMENTS = select(func.count()).select_from(sources).where(sources.c.tenant_id == _tenant)
 """How many documents a tenant has."""

@@ -6,8 +6,8 @@ previous release works on this schema: what it replaces leaves no name, and such
 
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0005"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 

@@ -124,7 +124,12 @@ sources = Table(
     ),
     _key("id", comment="The document's id, chosen by the caller, unique within the tenant; 1 to 512 bytes."),
     Column("title", Text, comment="The document's title, if it has one. Not embedded."),
-    Column("content", Text, nullable=False, comment="The whole text. Every chunk is an exact part of it."),
+    Column(
+        "content",
+        Text,
+        nullable=False,
+        comment="The whole text. Once the document is ready, every chunk is an exact part of it.",
+    ),
     Column(
         "content_sha256", LargeBinary, comment="SHA-256 of the text in UTF-8; null until the text has been chunked."
     ),
@@ -170,7 +175,9 @@ sources = Table(
         comment="How often embedding this version was tried without success.",
     ),
     Column(
-        "not_before", DateTime(timezone=True), comment="Not to be tried again before this moment; null for at once."
+        "not_before",
+        DateTime(timezone=True),
+        comment="Not to be worked on before this moment: the next try, or the end of a worker's claim. Null for at once.",
     ),
     Column("error", Text, comment="Why the last attempt failed."),
     Column("chunker", Text, comment="How the text was cut: name of the rules, most tokens, overlap."),
@@ -182,6 +189,12 @@ sources = Table(
         comment="pgrecall: embedded here. caller: the vector came with the document, which is one chunk.",
     ),
     Column("embedding_model", Text, comment="Name of the model whose space the vectors of this document belong to."),
+    Column("claimed_by", Text, comment="The worker that has the document in hand until not_before; null for none."),
+    Column(
+        "ready_at",
+        DateTime(timezone=True),
+        comment="When the stored text became searchable; null until then, and where an older release stored it.",
+    ),
     PrimaryKeyConstraint("tenant_id", "id"),
     CheckConstraint("state in ('pending', 'ready', 'failed')", name="state"),
     CheckConstraint("embedding_origin in ('pgrecall', 'caller')", name="embedding_origin"),
@@ -190,11 +203,15 @@ sources = Table(
     CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
     comment="One row per document: its whole text, its metadata and its state.",
 )
+DUE = func.coalesce(sources.c.not_before, text("'-infinity'::timestamp with time zone"))
+"""From when on a pending document may be worked on."""
+
+Index("sources_pending_idx", sources.c.tenant_id, DUE, postgresql_where=text("state = 'pending'"))
 Index(
-    "sources_not_ready_idx",
+    "sources_state_idx",
     sources.c.tenant_id,
     sources.c.state,
-    sources.c.not_before,
+    sources.c.id,
     postgresql_where=text("state <> 'ready'"),
 )
 

@@ -199,6 +199,11 @@ def start(connection: Connection, new: Recorded, provider: Provider, base_url: s
         raise BadInput("model", f"{new.name} with {new.dimensions} dimensions is the model already")
     if refused := refusals(connection):
         raise SetupError("; ".join(refused))
+    swap.patiently(partial(_begin, connection, new, provider, base_url))
+    return new
+
+
+def _begin(connection: Connection, new: Recorded, provider: Provider, base_url: str | None) -> None:
     with connection.transaction():
         connection.execute(
             "update embedding_models set provider = %s, base_url = %s where state = 'active' and provider is null",
@@ -211,7 +216,6 @@ def start(connection: Connection, new: Recorded, provider: Provider, base_url: s
             (*new.model, new.provider, new.base_url),
         )
         swap.create(connection, new.dimensions)
-    return new
 
 
 def build(connection: Connection, url: str, new: Recorded, told: Told) -> None:
@@ -272,7 +276,8 @@ def _exchange(connection: Connection, to: Recorded, step: str, leaves: str) -> N
             (precision, indexes.OVERSAMPLING[precision]),
         )
 
-    swap.exchange(connection, partial(_complete, connection, to, step), record)
+    check = partial(_complete, connection, to, step)
+    swap.patiently(partial(swap.exchange, connection, check, record))
     swap.validate(connection)
 
 
@@ -311,7 +316,7 @@ def finish(connection: Connection, told: Callable[[int], None], batch: int = 1_0
     former = next((each for each in reversed(models(connection)) if each.state == "dropped"), None)
     if other(connection) is not None or former is None:
         former = required(connection, "retired", "finish")
-        _drop(connection, former, "dropped")
+        swap.patiently(partial(_drop, connection, former, "dropped"))
     follow(connection, told, batch)
     return former
 
@@ -319,7 +324,7 @@ def finish(connection: Connection, told: Callable[[int], None], batch: int = 1_0
 def abandon(connection: Connection) -> Recorded:
     """Give the new model up: its vectors are dropped, the active one stays."""
     new = required(connection, "filling", "abandon")
-    _drop(connection, new, None)
+    swap.patiently(partial(_drop, connection, new, None))
     return new
 
 

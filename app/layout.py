@@ -97,11 +97,6 @@ async def of(database: Database, tenant_id: str) -> Layout:
     return known
 
 
-def forget(database: Database) -> None:
-    """What was known is no longer so: the vectors are others."""
-    _known.pop(database, None)
-
-
 def is_large(database: Database, values: Mapping[str, Any], shape: Hashable) -> bool:
     """Whether the set of these conditions was above the bound, which is part of `shape`, when it was last counted."""
     return bool(_facts(database).get(_key(values, shape)))
@@ -110,6 +105,11 @@ def is_large(database: Database, values: Mapping[str, Any], shape: Hashable) -> 
 def note(database: Database, values: Mapping[str, Any], shape: Hashable, *, large: bool) -> None:
     """Remember whether a set was above the bound."""
     _facts(database).put(_key(values, shape), large)
+
+
+def forget(database: Database) -> None:
+    """Forget all that is known of a database: its searches may name what was erased, or its vectors are others now."""
+    _known.pop(database, None)
 
 
 def _key(values: Mapping[str, Any], shape: Hashable) -> Hashable:

@@ -31,8 +31,11 @@ TERMS_KEY = "document_terms_documents_fkey"
 PATIENCE = 0.5
 """Seconds within which every lock against readers is had, or all are given up. PostgreSQL's deadlock_timeout is 1."""
 
-ATTEMPTS = 20
-"""How often that is tried, a little later each time, before the operation is given up."""
+ATTEMPTS = 4
+"""How often that is tried, a little later each time, while writers wait; then they go on and it begins anew."""
+
+ROUNDS = 6
+"""How often it begins anew before it is given up."""
 
 POLICIES = """
 select policyname, permissive, roles::text[] as roles, cmd, qual, with_check from pg_policies
@@ -220,12 +223,30 @@ def obstacles(connection: Connection) -> list[str]:
     return found
 
 
+class Busy(SetupError):
+    """The locks are not to be had."""
+
+
+def patiently(work: Callable[[], None]) -> None:
+    """Do the work, again where locks are not to be had. Raises Busy after ROUNDS."""
+    for number in range(ROUNDS):
+        try:
+            with _in_our_words():
+                work()
+        except Busy:
+            if number == ROUNDS - 1:
+                raise
+            time.sleep(0.5 * (number + 1))
+        else:
+            return
+
+
 def exchange(connection: Connection, check: Callable[[], None], record: Callable[[], None]) -> None:
     """Give the two tables each other's names. `check` and `record` run in the same transaction, writers being kept out.
 
-    Raises SetupError where the locks are not to be had, and what `check` raises; nothing is changed then.
+    Raises Busy where the locks are not to be had, and what `check` raises; nothing is changed then.
     """
-    with _in_our_words(), connection.transaction():
+    with connection.transaction():
         # Autovacuum gives way to a lock that waits for longer than deadlock_timeout.
         connection.execute("set local lock_timeout = '10s'")
         connection.execute(
@@ -273,7 +294,7 @@ def validate(connection: Connection) -> None:
 
 
 def against_readers(connection: Connection, names: list[str]) -> None:
-    """Lock these against everybody, all or none at a time, within a transaction of the caller's. Raises SetupError."""
+    """Lock these against everybody, all or none at a time, within a transaction of the caller's. Raises Busy."""
     listed = sql.SQL(", ").join(map(sql.Identifier, names))
     for attempt in range(ATTEMPTS):
         try:
@@ -285,7 +306,7 @@ def against_readers(connection: Connection, names: list[str]) -> None:
         else:
             connection.execute("set local statement_timeout = 0")
             return
-    raise SetupError(
+    raise Busy(
         f"other work holds {', '.join(names)}: a query that has been running for long, or a transaction left open. Nothing "
         "is changed; look at pg_stat_activity and run it again"
     )
@@ -311,7 +332,7 @@ def _in_our_words() -> Iterator[None]:
     try:
         yield
     except psycopg.errors.LockNotAvailable:
-        raise SetupError(
+        raise Busy(
             "a transaction that writes is holding its locks for long; nothing is changed, look at pg_stat_activity and run "
             "it again"
         ) from None

@@ -366,7 +366,7 @@ async def test_a_view_of_the_owners_own_reads_the_active_space_throughout(steps,
 async def test_a_reader_that_holds_its_locks_keeps_the_switch_from_happening_and_is_not_harmed(
     steps, owner, owner_url, monkeypatch
 ):
-    monkeypatch.setattr(swap, "ATTEMPTS", 2)
+    monkeypatch.setattr(swap, "ROUNDS", 1)
     await steps.put(Draft("cats", CATS))
     await steps.prepare()
     with psycopg.connect(owner_url) as reader:
@@ -420,7 +420,7 @@ async def test_a_migration_down_gives_up_a_change_under_way(steps, owner_url, se
     await steps.put(Draft("cats", CATS))
     await steps.prepare()
     config = schema.config(replace(settings, migration_url=owner_url))
-    command.downgrade(config, "0004")
+    command.downgrade(config, "0005")
     assert owner.execute("select to_regclass('pgrecall_run_documents')").fetchone() == (None,)
     command.upgrade(config, "head")
     assert command.check(config) is None

@@ -54,16 +54,26 @@ select count(*) from documents d
 """Chunks whose text or labels differ in the two, which no write leaves behind."""
 
 FOLLOW = """
-with batch as (
+with batch as materialized (
     select tenant_id, id from sources
-     where (tenant_id, id) > (%(tenant_id)s, %(id)s) order by tenant_id, id limit %(batch)s
+     where (tenant_id, id) > (%(tenant_id)s, %(id)s) and state = 'ready' and embedding_model is distinct from %(name)s
+     order by tenant_id, id limit %(batch)s for no key update
 ), followed as (
-    update sources s set embedding_model = %(name)s from batch b
-     where s.tenant_id = b.tenant_id and s.id = b.id and s.embedding_model is distinct from %(name)s
+    update sources s set embedding_model = %(name)s from batch b where s.tenant_id = b.tenant_id and s.id = b.id
 )
 select tenant_id, id from batch order by tenant_id desc, id desc limit 1
 """
-"""The model's name in a batch of sources; the last of them."""
+"""The model's name in a batch of sources, locked in the order in which writers lock; the last of them."""
+
+COMPLETE = """
+select not exists (select from documents d
+                    where not exists (select from pgrecall_run_documents r
+                                       where r.tenant_id = d.tenant_id and r.id = d.id and r.chunk_key = d.chunk_key))
+   and not exists (select from pgrecall_run_documents r
+                    where not exists (select from documents d
+                                       where d.tenant_id = r.tenant_id and d.id = r.id and d.chunk_key = r.chunk_key))
+"""
+"""Whether the two tables have the same chunks; writers wait for the answer."""
 
 
 class Gaps(NamedTuple):
@@ -294,6 +304,8 @@ def _complete(connection: Connection, to: Recorded, step: str) -> None:
         )
     if obstacles := swap.obstacles(connection):
         raise SetupError(f"cannot {step}: {'; '.join(obstacles)} is bound to the table documents: drop it first")
+    if connection.execute(COMPLETE).fetchone() == (True,):
+        return
     found = gaps(connection)
     if found.callers:
         raise SetupError(
@@ -321,10 +333,11 @@ def finish(connection: Connection, told: Callable[[int], None], batch: int = 1_0
     return former
 
 
-def abandon(connection: Connection) -> Recorded:
+def abandon(connection: Connection, told: Callable[[int], None], batch: int = 1_000) -> Recorded:
     """Give the new model up: its vectors are dropped, the active one stays."""
     new = required(connection, "filling", "abandon")
     swap.patiently(partial(_drop, connection, new, None))
+    follow(connection, told, batch)  # after a rollback some name it
     return new
 
 

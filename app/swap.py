@@ -160,6 +160,9 @@ def create(connection: Connection, dimensions: int) -> None:
         "alter table {} enable row level security",
     ):
         connection.execute(sql.SQL(statement).format(name))
+    options = connection.execute("select unnest(reloptions) from pg_class where oid = %s", (oid,)).fetchall()
+    for (option,) in options:
+        connection.execute(sql.SQL(f"alter table {{}} set ({option})").format(name))
     for policy, permissive, roles, command, qual, check in connection.execute(POLICIES).fetchall():
         parts = [
             sql.SQL("create policy {} on {} as {} for {} to {}").format(

@@ -215,8 +215,9 @@ def finish(arguments: Namespace, config: Settings) -> int:
 
 def abandon(arguments: Namespace, config: Settings) -> int:
     """Give the new model up."""
-    with _operating(config) as (_, _, connection):
-        given_up = change.abandon(connection)
+    with _operating(config) as (_, _, connection), terminal.progress("sources") as bar:
+        task = bar.add_task("sources follow", total=change.documents(connection))
+        given_up = change.abandon(connection, lambda done: bar.update(task, completed=done))
         _show(arguments, change.standing(connection))
     _say(arguments, f"the vectors of {given_up.name} are gone")
     return 0

@@ -38,6 +38,10 @@ def steps(owner_url, database, settings, embedder, openai):
     return Steps(owner_url, database, settings, embedder, openai.url)
 
 
+def abandon(connection):
+    return change.abandon(connection, quiet)
+
+
 class Steps:
     def __init__(self, url, database, settings, embedder, base_url):
         self.url, self.database, self.settings, self.embedder = url, database, settings, embedder
@@ -306,7 +310,7 @@ async def test_vectors_of_callers_without_a_new_one_keep_the_switch_from_happeni
 
 
 async def test_steps_in_the_wrong_order_are_refused_and_say_what_can_follow(steps):
-    for step in (change.switch, change.rollback, change.abandon):
+    for step in (change.switch, change.rollback, abandon):
         with pytest.raises(SetupError, match="no change of the embedding model is under way"):
             steps.run(step)
     with pytest.raises(BadInput, match="is the model already"):
@@ -321,7 +325,7 @@ async def test_steps_in_the_wrong_order_are_refused_and_say_what_can_follow(step
     await steps.fill()
     await steps.switch()
     with pytest.raises(SetupError, match="cannot abandon: the switch to text-embedding-3-large is done"):
-        steps.run(change.abandon)
+        steps.run(abandon)
     with pytest.raises(SetupError, match="being changed"):
         indexes.change(steps.url, "half", oversampling=None, told=quiet, patience=0)
 
@@ -330,7 +334,7 @@ async def test_an_abandoned_change_leaves_everything_as_it_was(steps, owner_url,
     await steps.put(Draft("cats", CATS))
     before = snapshot_of(owner_url)
     await steps.prepare()
-    steps.run(change.abandon)
+    steps.run(abandon)
     assert snapshot_of(owner_url) == before
     await steps.put(Draft("cats", OTTERS))
     assert vectors(owner) == [(OTTERS, DIMENSIONS, True)]

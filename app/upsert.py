@@ -126,18 +126,80 @@ def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token
         seen[draft.id] = index
     if token_limit is not None:
         _check_tokens(embedder, [draft.content for draft in drafts if draft.embedding is None], token_limit)
-    max_tokens = min(settings.chunk_max_tokens, embedder.max_tokens)
-    cut = {"max_tokens": max_tokens, "overlap_tokens": settings.chunk_overlap_tokens}
-    chunker = f"{chunking.VERSION}/{max_tokens}/{settings.chunk_overlap_tokens}"
+    chunker = _chunker(embedder, settings)
     plans = []
     for draft, vector in zip(drafts, own, strict=True):
         if vector is None:
-            chunks = chunking.chunk(draft.content, embedder.count_tokens, **cut)
+            chunks = _cut(embedder, settings, draft)
         else:
             chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
         used = chunker if vector is None else "whole"
         plans.append(_Plan(draft, cache.digest(draft.content), chunks, used, embedder.model, vector))
     return plans
+
+
+def _max_tokens(embedder: Embedder, settings: Settings) -> int:
+    return min(settings.chunk_max_tokens, embedder.max_tokens)
+
+
+def _chunker(embedder: Embedder, settings: Settings) -> str:
+    return f"{chunking.VERSION}/{_max_tokens(embedder, settings)}/{settings.chunk_overlap_tokens}"
+
+
+def _cut(embedder: Embedder, settings: Settings, draft: Draft) -> list[Chunk]:
+    most = _max_tokens(embedder, settings)
+    overlap = settings.chunk_overlap_tokens
+    return chunking.chunk(draft.content, embedder.count_tokens, max_tokens=most, overlap_tokens=overlap)
+
+
+class Difference(NamedTuple):
+    """What a put of a draft would do. `fresh`: texts of the chunks that have no row to keep, where chunks were asked for."""
+
+    id: str
+    status: Literal["created", "updated", "unchanged"]
+    fresh: list[str]
+    reused: int = 0
+
+
+async def compare(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    *,
+    chunks: bool = False,
+) -> list[Difference]:
+    """How drafts, of different ids and within the limits, differ from what is stored; nothing is written.
+
+    Without `chunks` no text is cut: what did not change is recognised by its hash alone.
+    """
+    stored, own = await asyncio.gather(
+        _stored(database, tenant_id, [draft.id for draft in drafts]),
+        _own(database, tenant_id, [draft.id for draft in drafts if draft.embedding is not None]),
+    )
+
+    def differences() -> list[Difference]:
+        made = []
+        for draft in drafts:
+            before = stored.get(draft.id)
+            plan = _uncut(embedder, settings, draft)
+            if before is not None and before.matches(plan, own.get(draft.id)):
+                made.append(Difference(draft.id, "unchanged", [], len(before.chunk_keys)))
+                continue
+            cut = _cut(embedder, settings, draft) if chunks and draft.embedding is None else []
+            kept = before.reusable(plan) if before else set()
+            fresh = [chunk.content for chunk in cut if chunk.key not in kept]
+            made.append(Difference(draft.id, "updated" if before else "created", fresh, len(cut) - len(fresh)))
+        return made
+
+    return await asyncio.to_thread(differences)
+
+
+def _uncut(embedder: Embedder, settings: Settings, draft: Draft) -> _Plan:
+    own = None if draft.embedding is None else np.asarray(draft.embedding, np.float32)
+    chunker = "whole" if draft.embedding is not None else _chunker(embedder, settings)
+    return _Plan(draft, cache.digest(draft.content), [], chunker, embedder.model, own)
 
 
 def _check_tokens(embedder: Embedder, texts: list[str], limit: int) -> None:
@@ -293,6 +355,17 @@ async def _stored(database: Database, tenant_id: str, ids: list[str]) -> dict[st
     statement = _STORED.with_values("stored", {"tenant_id": tenant_id, "ids": ids})
     (rows,) = await database.fetch(tenant_id, [statement], primary=True)
     return {row["id"]: _Stored(**row) for row in rows}
+
+
+_OWN_VECTORS = rendered(OWN_VECTORS)
+
+
+async def _own(database: Database, tenant_id: str, ids: list[str]) -> dict[str, npt.NDArray[np.float32]]:
+    if not ids:
+        return {}
+    statement = _OWN_VECTORS.with_values("own vectors", {"tenant_id": tenant_id, "ids": ids})
+    (rows,) = await database.fetch(tenant_id, [statement], primary=True)
+    return {row["id"]: row["embedding"].to_numpy() for row in rows}
 
 
 async def _vectors(

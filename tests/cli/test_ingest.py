@@ -15,7 +15,8 @@ from tests.unit.test_formats import HTML, pdf
 
 
 @pytest.fixture
-def owner(data_dir):
+def owner(data_dir, run):
+    run("migrate")
     with psycopg.connect(f"host={data_dir / 'postgres'} user=pgrecall_owner dbname=pgrecall", autocommit=True) as made:
         yield made
 
@@ -98,21 +99,18 @@ def test_dates_of_files_are_taken_on_demand(run, tmp_path, stored):
     assert stored("dates", "created_at::date::text") == {"a.txt": "1970-01-02"}
 
 
+@pytest.mark.timeout(400)
 def test_standard_input(data_dir, stored):
     environment = os.environ | {"PGRECALL_DATA_DIR": str(data_dir)}
 
     def piped(text, *options):
         command = [sys.executable, "-m", "app", "ingest", "-", "--tenant", "piped", *options]
-        return subprocess.run(command, input=text, env=environment, capture_output=True, text=True, timeout=100)
+        return subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
 
     done = piped('{"id": 1, "content": "one"}\n{"id": 2, "content": "two"}\n', "--format", "jsonl", "--prefix", "n/")
     assert done.returncode == 0, done.stderr
     assert piped("# Notes\n\nText.", "--format", "markdown", "--prefix", "notes.md").returncode == 0
     assert stored("piped", "content") == {"n/1": "one", "n/2": "two", "notes.md": "# Notes\n\nText."}
-    refused = piped("x", "--format", "text")
-    assert (refused.returncode, "--prefix" in refused.stderr) == (2, True)
-    refused = piped("x")
-    assert (refused.returncode, "--format" in refused.stderr) == (2, True)
 
 
 def test_a_dry_run_counts_and_writes_nothing(run, folder, stored, owner):
@@ -129,7 +127,7 @@ def test_a_dry_run_counts_and_writes_nothing(run, folder, stored, owner):
     status, out, err = run("ingest", folder, *options, "--json")
     report = json.loads(out)
     assert (status, rows()) == (0, before)
-    assert (report["created"], report["updated"], report["unchanged"]) == (7, 1, 0)
+    assert (report["created"], report["updated"], report["unchanged"]) == (6, 1, 0)
     cost = report["dry_run"]
     assert cost["price"] == pytest.approx(cost["tokens"] * 0.02 / 1e6)
     run("ingest", folder / "copy.txt", folder / "copy2.txt", "--tenant", "dry")
@@ -224,6 +222,8 @@ def test_delete_missing_needs_a_name(run, folder):
         (["--separator", "ab"], "--separator"),
         (["--encoding", "nonsense"], "--encoding"),
         (["--metadata", "[]"], "--metadata"),
+        (["-"], "--format"),
+        (["-", "--format", "text"], "--prefix"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(run, folder, options, words):
@@ -231,29 +231,33 @@ def test_options_that_make_no_sense_are_refused(run, folder, options, words):
     assert (status, words in err) == (2, True)
 
 
+@pytest.mark.timeout(400)
 def test_ctrl_c_leaves_whole_documents_and_the_next_run_goes_on(data_dir, tmp_path, owner, run):
     lines = (
-        json.dumps({"id": f"d{n}", "content": " ".join(f"Sentence {n} {m} tells of a river." for m in range(40))})
-        for n in range(2_000)
+        json.dumps({"id": f"d{n}", "content": " ".join(f"Sentence {n} {m} tells of a river." for m in range(20))})
+        for n in range(1_000)
     )
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     command = ["ingest", str(tmp_path / "many.jsonl"), "--tenant", "stopped"]
-    process = subprocess.Popen(
+    count = "select count(*) from sources where tenant_id = 'stopped'"
+    with subprocess.Popen(
         [sys.executable, "-m", "app", *command],
         env=os.environ | {"PGRECALL_DATA_DIR": str(data_dir)},
         stderr=subprocess.PIPE,
         text=True,
-    )
-    count = "select count(*) from sources where tenant_id = 'stopped'"
-    while owner.execute(count).fetchone()[0] < 40:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    ) as process:
+        try:
+            while owner.execute(count).fetchone()[0] < 40:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate()
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "goes on where this one stopped" in said
     stored = owner.execute(count).fetchone()[0]
-    assert 40 <= stored < 2_000
+    assert 40 <= stored < 1_000
     halves = "select count(*) from sources s where tenant_id = 'stopped' and (state <> 'ready' or cardinality(chunk_keys) <> (select count(*) from documents d where d.tenant_id = s.tenant_id and d.id = s.id))"
     assert owner.execute(halves).fetchone() == (0,)
     (tmp_path / "many.jsonl").write_text("\n".join((tmp_path / "many.jsonl").read_text().splitlines()[: stored + 10]))

@@ -176,7 +176,10 @@ def _ingesting(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     added.add_argument("--force", action="store_true", help="delete it even where that may be a mistake")
     added.add_argument("--dry-run", action="store_true", help="write nothing, say what would change and be embedded")
-    added.add_argument("--price", type=float, metavar="P", help="of a million tokens, for --dry-run")
+    added.add_argument(
+        "--max-tokens", type=_whole(0, 10**12), metavar="N", help="stop before more tokens than this are embedded"
+    )
+    added.add_argument("--price", type=float, metavar="P", help="of a million tokens (PGRECALL_EMBEDDING_PRICE)")
     _json(added)
 
 

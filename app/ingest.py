@@ -15,9 +15,10 @@ from app import commands, files, loading, missing, preview, records, schema, ten
 from app.database import Database
 from app.drafts import Draft
 from app.embedding import Embedder
-from app.errors import BadInput
+from app.errors import BadInput, BudgetSpent, PgrecallError
 from app.files import Noted, Reading, Step, Unreadable
 from app.loading import Counts, Seen
+from app.meter import Meter
 from app.preview import Cost
 from app.settings import Settings
 
@@ -34,7 +35,12 @@ class Report:
     deleted: int = 0
     refused: str | None = None
     """Why what is missing was not deleted."""
+    stopped: str | None = None
+    """Why the run ended before everything was read."""
     cost: Cost | None = None
+    meter: Meter = field(default_factory=Meter)
+    price: float | None = None
+    """Of a million tokens."""
     seconds: float = 0.0
 
     def told(self, item: Unreadable | Noted) -> None:
@@ -55,17 +61,24 @@ def ingest(arguments: Namespace, config: Settings) -> int:
     if arguments.delete_missing and not arguments.load_name:
         fault = "needs --as NAME: only documents that were ingested under a name can be told from others"
         raise BadInput("--delete-missing", fault)
-    report = Report()
+    price = config.embedding_price if arguments.price is None else arguments.price
+    report = Report(meter=Meter(arguments.max_tokens), price=price)
     began = time.monotonic()
     with schema.provided(config) as ready:
         try:
             asyncio.run(_run(arguments, ready, reading, report))
         except KeyboardInterrupt:
-            terminal.say(_interrupted(report, arguments))
+            terminal.say(_so_far("interrupted", arguments, report))
             return INTERRUPTED
+        except BudgetSpent as spent:
+            report.stopped = f"--max-tokens: {spent}"
+        except PgrecallError:
+            if report.counts.bytes:
+                terminal.say(_so_far("stopped", arguments, report))
+            raise
     report.seconds = time.monotonic() - began
     _show(arguments, report)
-    return 1 if report.skipped or report.refused else 0
+    return 1 if report.skipped or report.refused or report.stopped else 0
 
 
 def _reading(arguments: Namespace) -> Reading:
@@ -108,6 +121,7 @@ async def _run(arguments: Namespace, config: Settings, reading: Reading, report:
                 steps,
                 counts=report.counts,
                 told=report.told,
+                meter=report.meter,
                 seen=seen,
                 advanced=advanced,
             )
@@ -164,14 +178,31 @@ def _bar(verb: str, counts: Counts, total: Callable[[], int | None]) -> Iterator
 def _show(arguments: Namespace, report: Report) -> None:
     counts = report.counts
     if arguments.json:
-        terminal.json(_record(arguments, report))
+        terminal.json(_record(report))
     elif report.cost is None:
         terminal.say(summary(counts) + (f"; {report.deleted:,} documents deleted" if arguments.delete_missing else ""))
-        terminal.say(f"{counts.documents:,} documents of {counts.bytes / 1e6:,.1f} MB in {report.seconds:,.1f} s")
+        terminal.say(_counters(report))
     else:
-        terminal.say(_forecast(arguments, report, report.cost))
+        terminal.say(_forecast(report, report.cost))
+    if report.stopped:
+        terminal.say(_so_far(report.stopped, arguments, report))
     if report.refused:
         terminal.say(report.refused)
+
+
+def _counters(report: Report) -> str:
+    """What it took."""
+    meter, counts = report.meter, report.counts
+    cost = meter.cost(report.price)
+    parts = [
+        f"{counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB in {report.seconds:,.1f} s",
+        f"{meter.texts:,} texts of {meter.tokens:,} tokens embedded" + ("" if cost is None else f" for {cost:,.4f}"),
+        f"{meter.cache_hits:,} vectors from the cache",
+        f"{meter.deduplicated:,} texts that came twice",
+    ]
+    if meter.retries:
+        parts.append(f"{meter.retries:,} retries, {meter.rate_limited:,} of them asked for by the server")
+    return "; ".join(parts)
 
 
 def summary(counts: Counts) -> str:
@@ -183,9 +214,9 @@ def summary(counts: Counts) -> str:
     )
 
 
-def _forecast(arguments: Namespace, report: Report, cost: Cost) -> str:
+def _forecast(report: Report, cost: Cost) -> str:
     counts = report.counts
-    price = "" if arguments.price is None else f", at {arguments.price:g} a million {cost.price(arguments.price):,.4f}"
+    price = "" if report.price is None else f", at {report.price:g} a million {cost.price(report.price):,.4f}"
     return (
         f"nothing was written. This would create {counts.created:,} documents, update {counts.updated:,}, leave "
         f"{counts.unchanged:,} as they are, delete {report.deleted:,} and skip {counts.skipped:,}; "
@@ -194,27 +225,33 @@ def _forecast(arguments: Namespace, report: Report, cost: Cost) -> str:
     )
 
 
-def _record(arguments: Namespace, report: Report) -> dict[str, Any]:
-    listed = {name: value for name, value in asdict(report.counts).items() if name != "skipped"}
-    made = listed | {
+def _record(report: Report) -> dict[str, Any]:
+    meter = report.meter
+    made = {name: value for name, value in asdict(report.counts).items() if name != "skipped"} | {
         "deleted": report.deleted,
         "refused": report.refused,
+        "stopped": report.stopped,
         "seconds": round(report.seconds, 2),
+        "embedding": {
+            name: getattr(meter, name)
+            for name in ("texts", "tokens", "cache_hits", "deduplicated", "requests", "retries", "rate_limited")
+        }
+        | {"cost": meter.cost(report.price)},
         "skipped": [msgspec.structs.asdict(item) for item in report.skipped],
         "notes": [msgspec.structs.asdict(item) for item in report.notes],
     }
     if report.cost is not None:
-        price = None if arguments.price is None else report.cost.price(arguments.price)
+        price = None if report.price is None else report.cost.price(report.price)
         made["dry_run"] = asdict(report.cost) | {"price": price}
     return made
 
 
-def _interrupted(report: Report, arguments: Namespace) -> str:
+def _so_far(why: str, arguments: Namespace, report: Report) -> str:
     if arguments.dry_run:
-        return "interrupted; nothing was written"
+        return f"{why}; nothing was written"
     stored = report.counts.created + report.counts.updated
-    kept = "" if not arguments.delete_missing else ", nothing was deleted"
+    kept = ", nothing was deleted" if arguments.delete_missing else ""
     return (
-        f"interrupted: {stored:,} documents are stored whole, {report.counts.unchanged:,} were there already{kept}. "
+        f"{why}: {stored:,} documents are stored whole, {report.counts.unchanged:,} were there already{kept}. "
         "The same command goes on where this one stopped"
     )

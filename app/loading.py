@@ -17,8 +17,9 @@ from app import upsert
 from app.database import Database
 from app.drafts import Draft, check
 from app.embedding import Embedder
-from app.errors import BadInput, EmbeddingFailed
+from app.errors import BadInput, PgrecallError
 from app.files import Noted, Step, Unreadable
+from app.meter import Meter
 from app.settings import Settings
 from app.upsert import Outcome
 
@@ -88,24 +89,37 @@ async def load(
     *,
     counts: Counts,
     told: Told,
+    meter: Meter | None = None,
     seen: Seen | None = None,
     advanced: Callable[[], None] = lambda: None,
 ) -> None:
     """Put every draft of `steps`; what cannot be put is told and left out, and the rest goes on.
 
     `counts` is added to and `advanced` called as documents are stored; `seen` learns every id, also of what is left out.
-    A cancelled load leaves whole documents only. Of two drafts of one id the later one is stored last.
+    `meter` counts what embedding takes and may limit it. Of two drafts of one id the later one is stored last.
+
+    A load that is cancelled, or ends with an error that is no document's fault (BudgetSpent, a server that is away),
+    leaves whole documents only; the same load goes on from there.
     """
     slots = min(settings.pool_size, 2 + (settings.embedding_concurrency if settings.uses_openai else 1))
 
     async def put(batch: Sequence[Read]) -> None:
-        for outcome in await _put_each(database, embedder, settings, tenant_id, [each.draft for each in batch]):
-            if isinstance(outcome, Unreadable):
-                _skip(outcome, counts, told)
-            else:
+        drafts = [each.draft for each in batch]
+        passing = None
+        for each, outcome in zip(
+            batch, await upsert.put_each(database, embedder, settings, tenant_id, drafts, meter=meter), strict=True
+        ):
+            if isinstance(outcome, Outcome):
                 _count(counts, outcome)
-        counts.bytes += sum(each.size for each in batch)
+            elif outcome.lasting:
+                _skip(Unreadable(outcome.id, str(outcome), outcome.id), counts, told)
+            else:
+                passing = outcome.error
+                continue
+            counts.bytes += each.size
         advanced()
+        if passing is not None:
+            raise passing
 
     async with _UnderWay() as under_way:
         async for run in readable(steps, embedder.dimensions, counts, told, seen):
@@ -135,7 +149,7 @@ async def readable(
 
 
 class _UnderWay:
-    """Batches that are worked on, with the documents in each. Left by an error, it cancels them all."""
+    """Batches that are worked on, with the documents in each. Left by an error, it lets the others finish."""
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[None], set[str]] = {}
@@ -166,24 +180,12 @@ class _UnderWay:
         try:
             while self._tasks and kind is None:
                 await self._one()
+            if kind is not None and issubclass(kind, PgrecallError):
+                await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-async def _put_each(
-    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, drafts: Sequence[Draft]
-) -> list[Outcome | Unreadable]:
-    try:
-        return [*await upsert.put(database, embedder, settings, tenant_id, drafts)]
-    except (BadInput, EmbeddingFailed) as fault:
-        if len(drafts) == 1:
-            return [Unreadable(drafts[0].id, str(fault), drafts[0].id)]
-        if isinstance(fault, EmbeddingFailed) and fault.index is None:
-            raise
-    several = [await _put_each(database, embedder, settings, tenant_id, [draft]) for draft in drafts]
-    return [outcome for each in several for outcome in each]
 
 
 def _count(counts: Counts, outcome: Outcome) -> None:

@@ -26,7 +26,9 @@ def stored(owner):
     """The documents of a tenant: by id, their columns."""
 
     def _stored(tenant, columns="title"):
-        rows = owner.execute(f"select id, {columns} from sources where tenant_id = %s order by id", (tenant,)).fetchall()
+        rows = owner.execute(
+            f"select id, {columns} from sources where tenant_id = %s order by id", (tenant,)
+        ).fetchall()
         return {row[0]: row[1] if len(row) == 2 else row[1:] for row in rows}
 
     return _stored
@@ -36,7 +38,9 @@ def stored(owner):
 def folder(tmp_path):
     made = tmp_path / "docs"
     (made / "deep/er").mkdir(parents=True)
-    (made / "otters.md").write_text("---\ntitle: Otters\ntype: guide\ndate: 2024-05-01\nlang: en\n---\n# Otters\n\nThey eat fish.\n")
+    (made / "otters.md").write_text(
+        "---\ntitle: Otters\ntype: guide\ndate: 2024-05-01\nlang: en\n---\n# Otters\n\nThey eat fish.\n"
+    )
     (made / "page.html").write_bytes(HTML)
     (made / "deep/two.pdf").write_bytes(pdf("Badgers dig.", "Herons wait.", title="Animals"))
     (made / "deep/er/plain.txt").write_text("A plain text.")
@@ -58,7 +62,11 @@ def test_a_folder_of_every_format_becomes_documents(run, folder, stored):
     assert found["page.html"] == ("Otters at home", "other", {"lang": "en", "author": "M. Mink"}, "2024-05-01")
     assert found["deep/two.pdf"][0] == "Animals"
     assert found["faq/2"][2] == {"lang": "de"}
-    assert report["bytes"] == sum(p.stat().st_size for p in folder.rglob("*.*") if p.suffix in {".md", ".html", ".pdf", ".txt", ".csv"} and p.name[0] != ".") - len("id;content;lang\n")
+    assert report["bytes"] == sum(
+        p.stat().st_size
+        for p in folder.rglob("*.*")
+        if p.suffix in {".md", ".html", ".pdf", ".txt", ".csv"} and p.name[0] != "."
+    ) - len("id;content;lang\n")
     status, out, _ = run("ingest", folder, *options)
     assert json.loads(out)["unchanged"] == 6
 

@@ -90,7 +90,9 @@ def test_front_matter_names_title_type_date_and_metadata():
     assert page.metadata == {"tags": ["river", "sea"], "lang": "en", "reviewed": "2024-06-01"}
 
 
-@pytest.mark.parametrize("text", ["---\n\nA rule above.\n\n---\n", "---\nno end", "text\n---\na: b\n---\n", "---\n- a\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["---\n\nA rule above.\n\n---\n", "---\nno end", "text\n---\na: b\n---\n", "---\n- a\n---\n"]
+)
 def test_what_is_no_front_matter_stays_in_the_text(text):
     page = formats.markdown(text.encode())
     assert (page.content, page.metadata) == (text, {})

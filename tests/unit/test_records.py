@@ -89,7 +89,9 @@ def test_a_line_without_end_is_not_read_whole(monkeypatch):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 def test_a_table_is_read_whatever_stands_between_its_cells(separator):
-    text = separator.join(["id", "content", "metadata"]) + "\r\n" + separator.join(["1", '"two\nlines"', '"{""a"": 1}"'])
+    text = (
+        separator.join(["id", "content", "metadata"]) + "\r\n" + separator.join(["1", '"two\nlines"', '"{""a"": 1}"'])
+    )
     (place,) = rows(text)
     assert place.made == Draft("1", "two\nlines", metadata={"a": 1})
     assert place.line == 2
@@ -121,7 +123,8 @@ def test_csv_and_jsonl_of_the_same_records_give_the_same_documents(table):
     writer.writerows(table)
     mapped = mapping(["id=key", "content=text", "metadata.note=note"])
     text = "".join(
-        json.dumps({"key": str(key), "text": text} | ({"note": note} if note else {})) + "\n" for key, text, note in table
+        json.dumps({"key": str(key), "text": text} | ({"note": note} if note else {})) + "\n"
+        for key, text, note in table
     )
     found = [place.made for place in rows(made.getvalue(), mapped, separator=",")]
     assert found == lines(text, mapped)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -112,7 +113,7 @@ async def _run(arguments: Namespace, config: Settings, reading: Reading, report:
         begun = await missing.begun(database) if arguments.delete_missing else None
         verb = "compare" if arguments.dry_run else "ingest"
         with _bar(verb, report.counts, lambda: files.total(arguments.path, reading)) as advanced:
-            work = preview.preview if arguments.dry_run else loading.load
+            work = preview.preview if arguments.dry_run else partial(loading.load, meter=report.meter)
             report.cost = await work(
                 database,
                 embedder,
@@ -121,7 +122,6 @@ async def _run(arguments: Namespace, config: Settings, reading: Reading, report:
                 steps,
                 counts=report.counts,
                 told=report.told,
-                meter=report.meter,
                 seen=seen,
                 advanced=advanced,
             )

@@ -12,7 +12,6 @@ from app.drafts import Draft
 from app.embedding import Embedder
 from app.files import Step
 from app.loading import Counts, Seen, Told, readable
-from app.meter import Meter
 from app.settings import Settings
 from app.statements import rendered
 from app.tables import embedding_cache as cached
@@ -52,7 +51,6 @@ async def preview(
     *,
     counts: Counts,
     told: Told,
-    meter: Meter | None = None,
     seen: Seen | None = None,
     advanced: Callable[[], None] = lambda: None,
 ) -> Cost:

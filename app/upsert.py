@@ -18,7 +18,7 @@ from sqlalchemy import ARRAY, Text, bindparam, delete, func, insert, select, tup
 from sqlalchemy.dialects.postgresql import insert as upsert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import cache, chunking, terms
+from app import bulk, cache, chunking, terms
 from app.batching import named
 from app.chunking import Chunk
 from app.database import Database
@@ -525,11 +525,13 @@ async def _write(
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),
-        (ADD_CHUNKS, rows.added),
+        (None, rows.added),
         (REPLACE, rows.replaced),
     ):
-        if values:
-            await connection.execute(statement, values)
+        if values and statement is None and len(values) >= bulk.WORTHWHILE:
+            await bulk.add_chunks(connection, tenant_id, values)
+        elif values:
+            await connection.execute(ADD_CHUNKS if statement is None else statement, values)
     added = [(row["id"], row["chunk_key"]) for row in rows.added]
     return outcomes, await terms.learn(connection, tenant_id, added) if added else 0
 
@@ -585,6 +587,8 @@ async def _create(connection: AsyncConnection, tenant_id: str, plans: list[_Plan
         {"tenant_id": tenant_id, "id": plan.draft.id, "created_at": plan.draft.created_at or now} | plan.row()
         for plan in sorted(plans, key=lambda plan: plan.draft.id)
     ]
+    if len(rows) >= bulk.WORTHWHILE:
+        return await bulk.create(connection, tenant_id, rows)
     return set((await connection.execute(CREATE, rows)).scalars()) if rows else set()
 
 

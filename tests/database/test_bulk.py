@@ -88,7 +88,9 @@ async def test_more_rows_than_fit_a_statement_and_ids_that_are_taken(database, e
     await upsert.put(database, embedder, settings, "t", drafts[5:8])
     outcomes = await upsert.put_each(database, embedder, settings, "t", drafts)
     assert [outcome.status for outcome in outcomes] == ["created"] * 5 + ["unchanged"] * 3 + ["created"] * 12
-    assert owner.execute("select count(*) from documents where embedding::real[] = %s::real[]", (vector,)).fetchone() == (20,)
+    assert owner.execute(
+        "select count(*) from documents where embedding::real[] = %s::real[]", (vector,)
+    ).fetchone() == (20,)
 
 
 async def test_rows_of_another_tenant_are_refused(database, owner):

@@ -12,9 +12,8 @@ from datetime import datetime
 
 from sqlalchemy import ARRAY, DateTime, Integer, Text, bindparam, func, select
 
-from app import terms
+from app import documents
 from app.database import Database
-from app.documents import REMOVE
 from app.errors import BadInput
 from app.loading import Seen
 from app.statements import Statement, rendered
@@ -116,7 +115,6 @@ async def remove(database: Database, tenant_id: str, name: str, ids: Sequence[st
             values = {"tenant_id": tenant_id, "name": name, "ids": batch, "begun": begun}
             found = list((await connection.execute(DELETABLE, values)).scalars())
             if found:
-                await terms.forget_documents(connection, tenant_id, found)
-                await connection.execute(REMOVE, {"tenant_id": tenant_id, "ids": found})
+                await documents.take(connection, tenant_id, found)
         removed += len(found)
     return removed

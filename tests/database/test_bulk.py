@@ -29,7 +29,7 @@ DRAFTS = st.builds(
     title=st.none() | TEXTS,
     doc_type=st.none() | TEXTS,
     metadata=METADATA,
-    created_at=st.none() | st.datetimes(datetime(1900, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC)),
+    created_at=st.none() | st.integers(-(2**31), 2**33).map(lambda s: datetime.fromtimestamp(s, UTC)),
     embedding=st.none() | st.integers(1, 3).map(lambda n: [float(n), *[0.5] * (DIMENSIONS - 1)]),
 )
 BATCHES = st.lists(st.lists(DRAFTS, min_size=1, max_size=6, unique_by=lambda draft: draft.id), min_size=1, max_size=4)

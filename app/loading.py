@@ -8,6 +8,7 @@ file of gigabytes need no more memory than ten.
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from app import upsert
 from app.database import Database
 from app.drafts import Draft, check
 from app.embedding import Embedder
-from app.errors import BadInput, PgrecallError
+from app.errors import BadInput, PgrecallError, Unavailable
 from app.files import Noted, Step, Unreadable
 from app.meter import Meter
 from app.settings import Settings
-from app.upsert import Outcome
+from app.upsert import Fault, Outcome
+
+log = logging.getLogger(__name__)
 
 HANDFUL = 500
 """Documents compared with what is stored in one round trip."""
@@ -29,6 +32,8 @@ HANDFUL_CHARACTERS = 1_000_000
 BATCH_CHARACTERS = 60_000
 """Text of the documents that are written in one transaction."""
 BATCH_DOCUMENTS = 200
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds between two tries where the database is away, as when it restarts."""
 AHEAD = 2
 """Handfuls that are read before they are wanted."""
 
@@ -101,13 +106,13 @@ async def load(
     A load that is cancelled, or ends with an error that is no document's fault (BudgetSpent, a server that is away),
     leaves whole documents only; the same load goes on from there.
     """
-    slots = min(settings.pool_size, 2 + (settings.embedding_concurrency if settings.uses_openai else 1))
+    slots = lanes(settings)
 
     async def put(batch: Sequence[Read]) -> None:
         drafts = [each.draft for each in batch]
         passing = None
         for each, outcome in zip(
-            batch, await upsert.put_each(database, embedder, settings, tenant_id, drafts, meter=meter), strict=True
+            batch, await put_each(database, embedder, settings, tenant_id, drafts, meter=meter), strict=True
         ):
             if isinstance(outcome, Outcome):
                 _count(counts, outcome)
@@ -121,7 +126,7 @@ async def load(
         if passing is not None:
             raise passing
 
-    async with _UnderWay() as under_way:
+    async with UnderWay() as under_way:
         async for run in readable(steps, embedder.dimensions, counts, told, seen):
             await under_way.wait_for({each.draft.id for each in run})
             found = await upsert.compare(database, embedder, settings, tenant_id, [each.draft for each in run])
@@ -139,6 +144,25 @@ async def load(
                 under_way.start(put(batch), {each.draft.id for each in batch})
 
 
+async def put_each(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    *,
+    meter: Meter | None = None,
+) -> list[Outcome | Fault]:
+    """As `upsert.put_each`, but a database that is away for a moment is waited for."""
+    for wait in WAITS:
+        try:
+            return await upsert.put_each(database, embedder, settings, tenant_id, drafts, meter=meter)
+        except Unavailable as error:
+            log.warning("%s; trying again in %g s", error, wait)
+            await asyncio.sleep(wait)
+    return await upsert.put_each(database, embedder, settings, tenant_id, drafts, meter=meter)
+
+
 async def readable(
     steps: Iterable[Step], dimensions: int, counts: Counts, told: Told, seen: Seen | None
 ) -> AsyncIterator[list[Read]]:
@@ -148,13 +172,19 @@ async def readable(
             yield run
 
 
-class _UnderWay:
+def lanes(settings: Settings) -> int:
+    """Batches of a load that are under way at once: one is cut and one written while others are embedded."""
+    return min(settings.pool_size, 2 + (settings.embedding_concurrency if settings.uses_openai else 1))
+
+
+class UnderWay:
     """Batches that are worked on, with the documents in each. Left by an error, it lets the others finish."""
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[None], set[str]] = {}
 
     def start(self, work: Coroutine[Any, Any, None], ids: set[str]) -> None:
+        """Begin a batch."""
         self._tasks[asyncio.create_task(work)] = ids
 
     async def room(self, most: int) -> None:

@@ -134,7 +134,7 @@ async def test_a_document_may_be_called_stream(client):
     body = {"tenant_id": "t", "content": "A stream runs to the sea."}
     assert (await client.put("/documents/stream", json=body)).status_code == 201
     assert (await client.get("/documents/stream", params={"tenant_id": "t"})).json()["id"] == "stream"
-    assert (await client.delete("/documents/stream", params={"tenant_id": "t"})).status_code == 204 or 200
+    assert (await client.delete("/documents/stream", params={"tenant_id": "t"})).status_code in (200, 204)
 
 
 async def test_the_body_is_documented(client):
@@ -251,11 +251,9 @@ def test_over_a_socket_answers_come_while_the_body_is_sent(settings, openai, own
         # A client that reads nothing is cut, and the server goes on.
         with connect(address) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            with contextlib.suppress(OSError):
-                connection.settimeout(20)
-                for start in range(0, 10**6, 500):
-                    send(connection, ndjson(*["bad"] * 500))
-            assert start < 10**6 - 500
+            flood = ndjson(*["bad"] * 10_000_000)
+            with pytest.raises(OSError, match=r"."):  # timed out, or reset
+                send(connection, flood)
         assert httpx.get(f"{address}/health/ready", timeout=PATIENCE).status_code == 200
         assert process.poll() is None
     halves = "select count(*) from sources s where not exists (select from documents d where d.tenant_id = s.tenant_id and d.id = s.id)"

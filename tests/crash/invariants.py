@@ -70,7 +70,7 @@ def faults(connection: psycopg.Connection, settings: Settings, embedder: Embedde
     for tenant, document, key, content, vector in connection.execute(
         "select tenant_id, id, chunk_key, content, embedding from documents"
     ):
-        chunks.setdefault((tenant, document), {})[key] = content, np.asarray(vector)
+        chunks.setdefault((tenant, document), {})[key] = content, vector.to_numpy()
     for tenant, document, text, keys, starts in connection.execute(
         "select tenant_id, id, content, chunk_keys, start_offsets from sources where state = 'ready'"
     ):
@@ -88,7 +88,7 @@ def faults(connection: psycopg.Connection, settings: Settings, embedder: Embedde
     }
     for digest, vector in connection.execute("select content_sha256, embedding from embedding_cache"):
         text = texts.get(bytes(digest))
-        if text is not None and not np.allclose(np.asarray(vector), vector_of(text, len(vector)), atol=1e-6):
+        if text is not None and not np.allclose(vector.to_numpy(), vector_of(text, len(vector.to_numpy())), atol=1e-6):
             found.append(f"the cache has another vector for {text!r}")
     return found
 

@@ -85,9 +85,7 @@ class Ledger:
 
     def judge(self, stored: dict[Key, tuple[str, int]]) -> list[str]:
         """What should not be, with the stored text and mark of every document. What is found becomes what is known."""
-        faults = []
-        for key in stored.keys() - self._attempts.keys():
-            faults.append(f"{key} is stored and was never written")
+        faults = [f"{key} is stored and was never written" for key in stored.keys() - self._attempts.keys()]
         landed: dict[int, set[bool]] = defaultdict(set)
         for key, attempts in self._attempts.items():
             possible = self.possible(key)

@@ -63,10 +63,7 @@ class Runs:
         if victim == "cli":
             # Most of its time is its start: wait until it embeds something.
             seen = len(self.openai.calls)
-            self._wait(
-                lambda: any("line" in str(c.headers) or self._of_files(c) for c in self.openai.calls[seen:]),
-                "the command line",
-            )
+            self._wait(lambda: any(map(self._of_files, self.openai.calls[seen:])), "the command line")
         delay = self.generator.uniform(0.1, 1.0)
         time.sleep(delay)
         told = [self._kill(victim)]

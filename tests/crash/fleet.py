@@ -39,6 +39,7 @@ class Fleet:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
+        self.has_workers = False
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.server = embedded.start(self.data_dir)
 
@@ -83,6 +84,8 @@ class Fleet:
         """SIGKILL a process and its children, or all of PostgreSQL; who that was."""
         if name == "postgres":
             return f"postgres {self._kill_postgres()}"
+        if name == "one of several":
+            return self._kill_one_of_several()
         process = self.running.get(name)
         if process is None or process.poll() is not None:
             return f"{name} (not running)"
@@ -94,7 +97,7 @@ class Fleet:
         process.wait()
         return f"{name} {process.pid}"
 
-    def kill_one_of_several(self) -> str:
+    def _kill_one_of_several(self) -> str:
         """One process of an API that has several, which its parent replaces."""
         children = [
             each for each in psutil.Process(self.running["api"].pid).children() if "postgres" not in each.name()

@@ -67,8 +67,9 @@ class Proxy:
                 each.shutdown(socket.SHUT_RDWR)
 
     def _break(self) -> None:
-        for each in list(self._open):
+        # what is opened meanwhile is not among them, and must be found by the next
+        broken, self._open = self._open, set()
+        for each in broken:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
-        self._open.clear()

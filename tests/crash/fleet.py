@@ -107,14 +107,25 @@ class Fleet:
         children[0].kill()
         return f"api's child {children[0].pid}"
 
-    def _kill_postgres(self) -> int:
-        pid = int((self.data_dir / "postgres/postmaster.pid").read_text().split()[0])
-        with contextlib.suppress(psutil.NoSuchProcess):
+    def postmaster(self) -> int | None:
+        """The pid of the running server, None while there is none."""
+        with contextlib.suppress(FileNotFoundError, ValueError, IndexError, psutil.Error):
+            pid = int((self.data_dir / "postgres/postmaster.pid").read_text().split()[0])
+            process = psutil.Process(pid)
+            if process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE:
+                return pid
+        return None
+
+    def _kill_postgres(self) -> str:
+        pid = self.postmaster()
+        if pid is None:
+            return "(not running)"
+        with contextlib.suppress(psutil.Error):
             postmaster = psutil.Process(pid)
             for each in [postmaster, *postmaster.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.Error):
                     each.kill()
-        return pid
+        return str(pid)
 
     def close(self) -> None:
         for name in list(self.running):

@@ -70,7 +70,9 @@ class Runs:
         self.kills[victim] += 1
         told = list(map(self.fleet.kill, self._order(victim)))
         if victim == "postgres twice":
-            time.sleep(self.generator.uniform(0.2, 0.8))
+            # Somebody starts it again; the second time it is killed while it recovers, or soon after.
+            self._wait(lambda: self.fleet.postmaster() is not None, "PostgreSQL's start")
+            time.sleep(self.generator.uniform(0, 0.4))
             told.append(self.fleet.kill("postgres"))
         self.say(f"run {number} {time.monotonic() - began:6.2f} s: killed {', '.join(told)}")
         answered = [each.answered for each in self.clients]
@@ -167,6 +169,9 @@ def test_kills_lose_nothing_acknowledged_and_leave_nothing_half(tmp_path, openai
         victims: list[str] = []
         for number in range(runs):
             victims = victims or storm.generator.sample(VICTIMS, len(VICTIMS))
+            if victims[-1] == "worker" and not storm.fleet.has_workers:
+                victims.pop()
+                victims = victims or storm.generator.sample(VICTIMS[:4], 4)
             faults = storm.run(number, victims.pop())
             assert not faults, "\n".join([*storm.log, *faults])
     finally:

@@ -44,7 +44,8 @@ class Proxy:
                 client, _ = self._listener.accept()
                 server = socket.socket(socket.AF_UNIX if isinstance(self._target, str) else socket.AF_INET)
                 server.connect(self._target)
-                self._open |= {client, server}
+                with self._lock:
+                    self._open |= {client, server}
                 for direction, source, sink in (("sent", client, server), ("received", server, client)):
                     threading.Thread(target=self._pump, args=(direction, source, sink), daemon=True).start()
 
@@ -68,7 +69,8 @@ class Proxy:
 
     def _break(self) -> None:
         # what is opened meanwhile is not among them, and must be found by the next
-        broken, self._open = self._open, set()
+        with self._lock:
+            broken, self._open = self._open, set()
         for each in broken:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

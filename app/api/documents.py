@@ -397,7 +397,7 @@ async def list_documents(
     metadata: MetadataQuery = None,
     created_after: AfterQuery = None,
     created_before: BeforeQuery = None,
-    state: StateQuery = None,
+    in_state: StateQuery = None,
 ) -> DocumentPage:
     """A keyset page: documents written meanwhile neither shift nor repeat the others."""
     tenants.check(tenant_id)
@@ -405,7 +405,7 @@ async def list_documents(
     if after is not None:
         check_text("after", after, 0, MAX_ID_BYTES)
     narrowed = conditions(doc_type, _metadata(metadata), created_after, created_before)
-    found = await documents.page(service.database, tenant_id, narrowed, limit=limit + 1, after=after, state=state)
+    found = await documents.page(service.database, tenant_id, narrowed, limit=limit + 1, after=after, state=in_state)
     page = found[:limit]
     return DocumentPage(
         [DocumentSummary(**_summary(tenant_id, document)) for document in page],

@@ -1,8 +1,7 @@
 """Vectors already paid for: the same text of the same tenant is embedded once, across calls and processes."""
 
-import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,11 @@ import numpy.typing as npt
 from sqlalchemy import ARRAY, Integer, LargeBinary, bindparam, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
+from app.batching import Attempt, Vectors
 from app.database import Database
-from app.embedding import MAX_INPUTS, MAX_REQUEST_TOKENS, Embedder, batches
-from app.errors import EmbeddingFailed
+from app.embedding import Embedder
+from app.errors import EmbeddingFailed, PgrecallError
+from app.meter import Meter
 from app.settings import Settings
 from app.statements import rendered
 from app.tables import embedding_cache as cached
@@ -42,38 +43,75 @@ def digest(text: str) -> bytes:
 
 
 async def embed(
-    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, texts: Sequence[str]
-) -> npt.NDArray[np.float32]:
-    """Document vectors of `texts`, shape (len(texts), dimensions), asking the model only for what is not known yet.
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    texts: Sequence[str],
+    *,
+    meter: Meter | None = None,
+) -> Vectors:
+    """Document vectors of `texts`, shape (len(texts), dimensions), as `embed_each`, if every text has one.
+
+    Raises EmbeddingFailed with `faults` for texts at fault, else BudgetSpent or what else came in the way. What was
+    computed is kept all the same.
+    """
+    return (await embed_each(database, embedder, settings, tenant_id, texts, meter=meter)).complete()
+
+
+async def embed_each(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    texts: Sequence[str],
+    *,
+    meter: Meter | None = None,
+) -> Attempt:
+    """Document vectors of `texts`, asking the model only for what is not known yet; and why some have none.
 
     No connection is held while the model works. What was computed is kept before this returns, so a write that fails
     afterwards does not pay again.
     """
-    digests = [digest(text) for text in texts]
+    meter = meter or Meter()
+    by_digest = {digest(text): text for text in texts}
+    meter.deduplicated += len(texts) - len(by_digest)
     if not settings.cache_rows or not texts:
-        return await embedder.embed(texts, "document")
+        return await embedder.embed_each(texts, "document", meter)
     key = {"tenant_id": tenant_id, "model": embedder.model, "dimensions": embedder.dimensions}
     known = {
         row["content_sha256"]: row["embedding"].to_numpy()
-        for row in await _known(database, tenant_id, key | {"digests": list(dict.fromkeys(digests))})
+        for row in await _known(database, tenant_id, key | {"digests": list(by_digest)})
     }
-    missing = {d: text for d, text in zip(digests, texts, strict=True) if d not in known}
-    tokens = embedder.count_tokens(list(missing.values()))
-    runs = [list(missing)[run.start : run.stop] for run in batches(tokens, MAX_INPUTS, MAX_REQUEST_TOKENS)]
-
-    async def compute(run: list[bytes]) -> None:
-        computed = dict(zip(run, await embedder.embed([missing[d] for d in run], "document"), strict=True))
+    meter.cache_hits += len(known)
+    missing = {text: d for d, text in by_digest.items() if d not in known}
+    attempt = await embedder.embed_each(list(missing), "document", meter)
+    faults = {missing[text]: attempt.faults[row] for row, text in enumerate(missing) if row in attempt.faults}
+    computed = {d: vector for d, vector in zip(missing.values(), attempt.vectors, strict=True) if d not in faults}
+    if computed:
         await _keep(database, settings, tenant_id, key, computed)
-        known.update(computed)
+    known |= computed
+    return _attempt([digest(text) for text in texts], known, faults, embedder.dimensions)
 
-    # One failed run does not lose the others' work: they are awaited and kept before the failure is told.
-    outcomes = await asyncio.gather(*(compute(run) for run in runs), return_exceptions=True)
-    for run, outcome in zip(runs, outcomes, strict=True):
-        if isinstance(outcome, EmbeddingFailed) and outcome.index is not None:
-            raise EmbeddingFailed(str(outcome), digests.index(run[outcome.index])) from outcome
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return np.stack([known[d] for d in digests])
+
+def _attempt(
+    digests: list[bytes],
+    known: Mapping[bytes, npt.NDArray[np.float32]],
+    faults: Mapping[bytes, PgrecallError],
+    dimensions: int,
+) -> Attempt:
+    """What is known and what is at fault, by the positions of this call's texts."""
+    vectors = np.full((len(digests), dimensions), np.nan, np.float32)
+    placed: dict[int, PgrecallError] = {}
+    for position, d in enumerate(digests):
+        fault = faults.get(d)
+        if fault is None:
+            vectors[position] = known[d]
+        elif isinstance(fault, EmbeddingFailed) and fault.index is not None:
+            placed[position] = EmbeddingFailed(str(fault), position)
+        else:
+            placed[position] = fault
+    return Attempt(vectors, placed)
 
 
 async def _keep(

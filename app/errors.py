@@ -9,6 +9,7 @@ PgrecallError
 │   ├── DatabaseUnavailable
 │   └── PoolExhausted
 ├── TimedOut              the statement ran into its time limit
+├── BudgetSpent           the tokens that embedding was allowed are spent
 ├── UpstreamFailed        a model server failed, after the retries it deserved
 │   ├── EmbeddingFailed
 │   ├── RerankFailed
@@ -19,6 +20,8 @@ PgrecallError
     ├── ModelMismatch
     └── Unsafe            the login could reach another tenant's rows
 """
+
+from collections.abc import Mapping
 
 
 class PgrecallError(Exception):
@@ -76,6 +79,17 @@ class TimedOut(PgrecallError):
     """The statement ran into its time limit."""
 
 
+class BudgetSpent(PgrecallError):
+    """The tokens that embedding was allowed are spent, or the next request could take more than are left."""
+
+    def __init__(self, spent: int, allowed: int) -> None:
+        super().__init__(
+            f"{spent:,} tokens of {allowed:,} are spent, and the next request could take more than the rest"
+        )
+        self.spent = spent
+        self.allowed = allowed
+
+
 class UpstreamFailed(PgrecallError):
     """A model server failed."""
 
@@ -83,12 +97,14 @@ class UpstreamFailed(PgrecallError):
 class EmbeddingFailed(UpstreamFailed):
     """The embedding model's server failed.
 
-    `index` is the position of the text at fault in the call, where one text is.
+    `faults` has the reason for each item of the call that is itself at fault, by position: texts in a call that embeds,
+    documents in one that stores. It is empty where the server is. `index` is the first of them.
     """
 
-    def __init__(self, message: str = "", index: int | None = None) -> None:
+    def __init__(self, message: str = "", index: int | None = None, faults: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
-        self.index = index
+        self.faults = dict(faults or ({} if index is None else {index: message}))
+        self.index = min(self.faults, default=None)
 
 
 class RerankFailed(UpstreamFailed):

@@ -29,14 +29,14 @@ from sqlalchemy import ARRAY, Text, bindparam, func, select
 
 from app import pending, upsert
 from app.database import Database, translated
-from app.drafts import MAX_TEXT_BYTES, Draft, check
+from app.drafts import MAX_TEXT_BYTES, Draft
 from app.embedding import Embedder
-from app.errors import BadInput, EmbeddingFailed, PgrecallError, TimedOut, Unavailable
+from app.errors import EmbeddingFailed, PgrecallError, TimedOut, Unavailable
 from app.pending import Claim
 from app.settings import Settings
 from app.statements import rendered
 from app.tables import tenant_sources
-from app.upsert import Claimed, Outcome
+from app.upsert import Claimed, Fault, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -253,76 +253,80 @@ class Worker:
     async def _work(self, tenant_id: str, claims: Sequence[Claim]) -> None:
         """Complete these documents, or say of each why not. Raises Unavailable and TimedOut where that cannot be written."""
         begun = time.monotonic()
-        claims = await self._without_repeaters(tenant_id, claims)
+        claims = await self._worth_trying(tenant_id, claims)
         if not claims:
             return
         try:
-            documents = await self._fitting(tenant_id, claims)
-            if not documents:
-                return
-            outcomes = await upsert.complete(self.database, self.embedder, self.settings, tenant_id, documents)
-        except Exception as error:  # noqa: BLE001  whatever it is, it is the document's or not
-            if isinstance(error, Unavailable) or not await self._works(error):
-                await self._put_back(tenant_id, claims, error)
-            elif len(claims) > 1:
-                for each in claims:
-                    await self._work(tenant_id, [each])
-            else:
+            documents = await self._loaded(tenant_id, claims)
+            answers = await upsert.complete(self.database, self.embedder, self.settings, tenant_id, documents)
+        except Unavailable as error:
+            await self._put_back(tenant_id, claims, error)
+        except Exception as error:  # noqa: BLE001  whatever it is, one document's must not stop the others'
+            if len(claims) == 1:
                 await self._failed(tenant_id, claims[0], error)
-            return
-        await self._told(tenant_id, documents, outcomes, time.monotonic() - begun)
+            else:
+                await self._each(tenant_id, claims)
+        else:
+            await self._told(tenant_id, claims, answers, time.monotonic() - begun)
+
+    async def _each(self, tenant_id: str, claims: Sequence[Claim]) -> None:
+        for each in claims:
+            await self._work(tenant_id, [each])
 
     async def _told(
-        self, tenant_id: str, documents: Sequence[Claimed], outcomes: Sequence[Outcome | None], seconds: float
+        self, tenant_id: str, claims: Sequence[Claim], answers: Sequence[Outcome | Fault | None], seconds: float
     ) -> None:
-        ready = [outcome for outcome in outcomes if outcome is not None]
-        overtaken = [each.draft.id for each, outcome in zip(documents, outcomes, strict=True) if outcome is None]
-        if overtaken:
-            # Where SQL changed the text and nothing else, the document is still in this worker's name.
-            await pending.give_back(self.database, tenant_id, self.name, overtaken)
+        """Count what is ready, and deal with the rest."""
+        ready = [answer for answer in answers if isinstance(answer, Outcome)]
+        faults = {answer.id: answer for answer in answers if isinstance(answer, Fault)}
         self.counts.ready += len(ready)
         self.counts.chunks += sum(outcome.embedded for outcome in ready)
-        self.counts.overtaken += len(overtaken)
         if ready:
             if self._pause:
                 log.info("worker %s goes on", self.name)
             self._pause = 0.0
             log.debug("tenant %s: %d documents ready in %.2f s", tenant_id, len(ready), seconds)
+        await self._park(tenant_id, {fault.id: str(fault) for fault in faults.values() if fault.lasting})
+        passing = [each for each in claims if each.id in faults and not faults[each.id].lasting]
+        if passing:
+            error = faults[passing[0].id].error
+            if not await self._works(error):
+                await self._put_back(tenant_id, passing, error)
+            elif len(claims) == 1:
+                await self._failed(tenant_id, claims[0], error)
+            else:
+                await self._each(tenant_id, passing)
+        done = faults.keys() | {outcome.id for outcome in ready}
+        overtaken = [each.id for each in claims if each.id not in done]
+        if overtaken:
+            # Where SQL changed the text and nothing else, the document is still in this worker's name.
+            await pending.give_back(self.database, tenant_id, self.name, overtaken)
+            self.counts.overtaken += len(overtaken)
 
-    async def _without_repeaters(self, tenant_id: str, claims: Sequence[Claim]) -> list[Claim]:
-        """The claims but for documents over which workers ended too often; those are given up."""
+    async def _worth_trying(self, tenant_id: str, claims: Sequence[Claim]) -> list[Claim]:
+        """The claims but for what is too long to be looked at and what workers ended over too often; those are given up."""
         most = self.settings.worker_attempts
         ended = {
-            each.id: f"a worker ended {each.attempts} times while it had this document in hand, or it failed as often"
+            each.id: f"a worker ended while it had this document in hand, or it failed, {each.attempts} times in all"
             for each in claims
             if each.attempts >= most
         }
         await self._park(tenant_id, ended, counted=False)
-        return [each for each in claims if each.id not in ended]
-
-    async def _fitting(self, tenant_id: str, claims: Sequence[Claim]) -> list[Claimed]:
-        """The documents that keep the limits, which SQL does not check; the others are given up."""
-        faults = {
+        long = {
             each.id: f"content: is {each.size:,} bytes; allowed: 1 to {MAX_TEXT_BYTES:,} bytes in UTF-8"
             for each in claims
-            if each.size > MAX_TEXT_BYTES
+            if each.size > MAX_TEXT_BYTES and each.id not in ended
         }
-        versions = {each.id: each.version for each in claims if each.id not in faults}
+        await self._park(tenant_id, long)
+        return [each for each in claims if each.id not in ended and each.id not in long]
+
+    async def _loaded(self, tenant_id: str, claims: Sequence[Claim]) -> list[Claimed]:
+        """The documents that are still as they were claimed."""
+        versions = {each.id: each.version for each in claims}
         statement = _LOAD.with_values("load", {"tenant_id": tenant_id, "ids": list(versions)})
         (rows,) = await self.database.fetch(tenant_id, [statement], primary=True)
-        fitting = []
-        for row in rows:
-            if row.pop("version") != versions[row["id"]]:
-                continue  # replaced since
-            draft = Draft(**row)
-            try:
-                check(draft, self.embedder.dimensions)
-            except BadInput as fault:
-                faults[draft.id] = str(fault)
-            else:
-                fitting.append(Claimed(draft, versions[draft.id]))
-        await self._park(tenant_id, faults)
-        return fitting
+        found = [(row.pop("version"), Draft(**row)) for row in rows]
+        return [Claimed(draft, version) for version, draft in found if version == versions[draft.id]]
 
     async def _works(self, error: Exception) -> bool:
         """Whether the model's server does its work for another text, so that this one may be to blame."""
@@ -341,8 +345,7 @@ class Worker:
         else:
             reason = f"unexpected error {type(error).__name__}; the worker's log has the rest"
             log.error("document %r of tenant %s failed", claim.id, tenant_id, exc_info=error)
-        refused = isinstance(error, BadInput) or (isinstance(error, EmbeddingFailed) and error.index is not None)
-        if refused or claim.attempts + 1 >= self.settings.worker_attempts:
+        if claim.attempts + 1 >= self.settings.worker_attempts:
             await self._park(tenant_id, {claim.id: reason})
             return
         self.counts.deferred += 1

@@ -239,6 +239,16 @@ def _serving(added: argparse.ArgumentParser) -> None:
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     added.add_argument("--port", type=_whole(0, 65_535), default=8000, help="port, 0 for a free one (8000)")
     added.add_argument("--workers", type=_whole(1, 64), default=1, metavar="N", help="server processes (1)")
+    worker = added.add_mutually_exclusive_group()
+    worker.add_argument(
+        "--with-worker",
+        action="store_true",
+        default=None,
+        help="embed what is put with ?wait=false in the server itself (with the embedded database)",
+    )
+    worker.add_argument(
+        "--without-worker", dest="with_worker", action="store_false", help="leave that to `pgrecall worker`"
+    )
     added.add_argument("--insecure", action="store_true", help="listen on an address others can reach, without keys")
 
 

@@ -1,8 +1,6 @@
 """What `pgrecall worker`, `queue` and `retry` do. `__main__` reads the arguments; everything here gets them typed."""
 
 import asyncio
-import logging
-import random
 from argparse import Namespace
 from typing import Any
 
@@ -10,14 +8,8 @@ from psycopg.rows import dict_row
 
 from app import embedding, pending, roles, schema, tenants, terminal, worker
 from app.database import Database, connect
-from app.embedding import Embedder
-from app.errors import DatabaseUnavailable, SchemaTooOld
 from app.settings import Settings
 from app.worker import Counts
-
-log = logging.getLogger(__name__)
-
-LONGEST_WAIT = 30.0
 
 LISTED = """
 select tenant_id, id, state, attempts, not_before, claimed_by, updated_at, error from sources
@@ -41,27 +33,14 @@ async def _work(config: Settings, only: frozenset[str], *, once: bool) -> Counts
     embedder = embedding.open_embedder(config)
     database = Database(config, config.database_url or "")
     try:
-        await _checked(database, embedder, patient=not once)
+        if once:
+            await schema.check(database, embedder)
+        else:
+            await worker.when_ready(database, embedder)
         return await worker.serve(database, embedder, config, only=only, once=once)
     finally:
         await database.close()
         await embedder.aclose()
-
-
-async def _checked(database: Database, embedder: Embedder, *, patient: bool) -> None:
-    """Wait for the database and its migration, where `patient`. Raises SetupError for what waiting does not mend."""
-    seconds = 1.0
-    while True:
-        try:
-            await schema.check(database, embedder)
-        except (DatabaseUnavailable, SchemaTooOld) as error:
-            if not patient:
-                raise
-            log.warning("not ready yet: %s", error)
-            await asyncio.sleep(seconds * random.uniform(0.75, 1.25))  # noqa: S311  spreads tries, guards nothing
-            seconds = min(2 * seconds, LONGEST_WAIT)
-        else:
-            return
 
 
 def queue(arguments: Namespace, config: Settings) -> int:

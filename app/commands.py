@@ -73,6 +73,9 @@ def serve(arguments: Namespace, config: Settings) -> int:
     with schema.provided(config) as ready:
         # Workers are processes of their own and read their settings from the environment.
         os.environ["DATABASE_URL"] = ready.database_url or ""
+        works = config.with_worker or config.database_url is None
+        works = works if arguments.with_worker is None else arguments.with_worker
+        os.environ[settings.variable("with_worker")] = str(works).lower()
 
         def started(address: str) -> None:
             terminal.say(f"serving on {address}, API docs on {address}/docs (Ctrl-C stops)")

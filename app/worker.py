@@ -19,7 +19,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,11 +28,11 @@ import msgspec
 import psycopg
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 
-from app import pending, upsert
+from app import pending, schema, upsert
 from app.database import Database, translated
 from app.drafts import MAX_TEXT_BYTES, Draft
 from app.embedding import Embedder
-from app.errors import EmbeddingFailed, PgrecallError, TimedOut, Unavailable
+from app.errors import DatabaseUnavailable, EmbeddingFailed, PgrecallError, SchemaTooOld, TimedOut, Unavailable
 from app.pending import Claim
 from app.settings import Settings
 from app.statements import rendered
@@ -459,6 +460,41 @@ async def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
     return worker.counts
+
+
+async def when_ready(database: Database, embedder: Embedder) -> None:
+    """Wait for the database and its migration. Raises SetupError for what waiting does not mend."""
+    seconds = PAUSE
+    while True:
+        try:
+            await schema.check(database, embedder)
+        except (DatabaseUnavailable, SchemaTooOld) as error:
+            log.warning("the worker waits: %s", error)
+            await asyncio.sleep(_jittered(seconds))
+            seconds = min(2 * seconds, LONGEST_PAUSE)
+        else:
+            return
+
+
+@asynccontextmanager
+async def beside(embedder: Embedder, settings: Settings) -> AsyncIterator[None]:
+    """A worker for as long as the block lasts, on connections of its own. What ends it early is logged."""
+    database = Database(patient(settings), settings.database_url or "")
+
+    async def work() -> None:
+        try:
+            await when_ready(database, embedder)
+            await Worker(database, embedder, settings).run()
+        except Exception:
+            log.exception("the worker ended; start `pgrecall worker`, or the server anew")
+
+    task = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await database.close()
 
 
 def patient(settings: Settings) -> Settings:

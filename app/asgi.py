@@ -20,7 +20,7 @@ from litestar.static_files import create_static_files_router
 
 from app import __version__, chat, embedding, rerank, telemetry, worker
 from app import settings as environment
-from app.api import documents, health, problems, queue, rag, search
+from app.api import documents, erasure, health, problems, queue, rag, search
 from app.api.body import BodyGuard, StrictRequest
 from app.api.methods import Heads
 from app.api.paths import RawIds
@@ -57,6 +57,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         documents.delete_documents,
         queue.status,
         queue.retry,
+        erasure.erase_tenant,
     ]
     app = Litestar(
         route_handlers=[

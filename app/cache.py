@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ARRAY, Integer, LargeBinary, bindparam, delete, func, select
+from sqlalchemy import ARRAY, Integer, LargeBinary, Text, bindparam, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.batching import Attempt, Vectors
 from app.database import Database
@@ -16,6 +17,7 @@ from app.errors import EmbeddingFailed, PgrecallError
 from app.meter import Meter
 from app.settings import Settings
 from app.statements import rendered
+from app.tables import documents, embedding_models
 from app.tables import embedding_cache as cached
 
 KNOWN = (
@@ -35,6 +37,48 @@ FORGET = delete(cached).where(
     < _newest.order_by(cached.c.created_at.desc()).offset(bindparam("kept", type_=Integer)).limit(1).scalar_subquery(),
 )
 """What is older than the newest `kept` entries of a tenant. Entries of one call share a moment, so a call more may stay."""
+
+_of_tenant = bindparam("of_tenant", type_=Text)
+_chunks = select(func.sha256(func.convert_to(documents.c.content, "UTF8"))).where(documents.c.tenant_id == _of_tenant)
+LEAVE = (
+    update(cached)
+    .where(
+        cached.c.tenant_id == _of_tenant,
+        cached.c.model == embedding_models.c.name,
+        cached.c.dimensions == embedding_models.c.dimensions,
+        cached.c.input_type == "document",
+        cached.c.content_sha256
+        == func.any(
+            func.array(
+                _chunks.where(
+                    documents.c.id == bindparam("document_id", type_=Text),
+                    documents.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
+                ).scalar_subquery()
+            )
+        ),
+    )
+    .values(left_by=bindparam("document_id", type_=Text))
+)
+"""Which document the texts of chunks that are about to be removed were in, so that its deletion takes their vectors along."""
+
+ERASE = (
+    delete(cached)
+    .where(
+        cached.c.tenant_id == _of_tenant,
+        or_(
+            cached.c.left_by == func.any(bindparam("ids", type_=ARRAY(Text))),
+            cached.c.content_sha256
+            == func.any(
+                func.array(
+                    _chunks.where(documents.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))).scalar_subquery()
+                )
+            ),
+        ),
+    )
+    .returning(cached.c.content_sha256)
+)
+"""Vectors of the texts that documents, which are about to be removed, have or had. A document beside them that has such a
+text keeps its rows."""
 
 
 def digest(text: str) -> bytes:
@@ -141,3 +185,16 @@ _KNOWN = rendered(KNOWN)
 async def _known(database: Database, tenant_id: str, values: dict[str, Any]) -> list[dict[str, Any]]:
     (rows,) = await database.fetch(tenant_id, [_KNOWN.with_values("known vectors", values)], primary=True)
     return rows
+
+
+async def leave(connection: AsyncConnection, removed: Sequence[Mapping[str, Any]]) -> None:
+    """Note the document of chunks that are about to be removed: `tenant_id`, `document_id` and `keys` of each document."""
+    values = [
+        {"of_tenant": row["tenant_id"], "document_id": row["document_id"], "keys": row["keys"]} for row in removed
+    ]
+    await connection.execute(LEAVE, values)
+
+
+async def erase(connection: AsyncConnection, tenant_id: str, ids: Sequence[str]) -> list[bytes]:
+    """Remove the vectors of what these documents, about to be removed, say or said. The digest of each removed entry."""
+    return list((await connection.execute(ERASE, {"of_tenant": tenant_id, "ids": list(ids)})).scalars())

@@ -45,6 +45,11 @@ select v.kind, v.state, v.oversampling, v.created_at, coalesce(i.indexes, 0) as 
 """
 """The kinds of vector index with their size, how many of their buckets are valid, and scans since statistics began."""
 
+ACTIVE = """
+select v.kind, m.dimensions from vector_indexes v, embedding_models m where v.state = 'active' and m.state = 'active'
+"""
+"""The kind of index that is searched, and the length of the vectors."""
+
 VALID = """
 select c.relname as name, x.indisvalid as valid from pg_index x join pg_class c on c.oid = x.indexrelid
  where x.indrelid = to_regclass('documents') and c.relname = any (%(names)s)
@@ -125,6 +130,15 @@ def change(
         if not keep:
             _drop_retired(connection, told, patience)
     return listed(url)
+
+
+def complete(connection: psycopg.Connection[Any], url: str, told: Told) -> None:
+    """Build what is missing of the kind that is searched; `connection` is the owner's, and `alone`."""
+    row = connection.execute(ACTIVE).fetchone()
+    if row is not None:
+        kind, dimensions = row
+        connection.execute("set lock_timeout = 0")
+        _build(connection, url, kind, dimensions, told)
 
 
 def _build(connection: psycopg.Connection[Any], url: str, kind: Kind, dimensions: int, told: Told) -> None:

@@ -170,7 +170,7 @@ def test_every_command_has_help_with_examples(capsys):
     (several,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     assert set(several.choices) == {
         "serve", "demo", "migrate", "roles", "index", "ingest", "search", "ask", "evaluate", "settings", "status",
-        "model",
+        "worker", "queue", "retry", "model",
     }  # fmt: skip
     for name in several.choices:
         with pytest.raises(SystemExit):

@@ -1,8 +1,10 @@
 """Search by words, and by words and vectors together: two legs under the same conditions, fused in one statement.
 
-Each leg gives its best `leg_k` chunks. Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009) adds 1 / (RANK_CONSTANT
-+ rank) of each, times the leg's weight; `relative` adds the legs' scores, each brought to 0..1 between its worst and best
-hit (what Weaviate calls relative score fusion). The threshold is on cosine similarity here as everywhere.
+Each leg gives its best `leg_k` chunks. `relative` takes the similarity and the BM25 of every chunk that either leg found,
+whichever it was, brings each to 0..1 and adds them; then again, with nearness to the mean of the best three beside the
+similarity (Rocchio's feedback, over what was found already). `rrf`, reciprocal rank fusion (Cormack, Clarke and Buettcher
+2009), adds 1 / (RANK_CONSTANT + rank) of each leg. Both take the legs' weights. The threshold is on cosine similarity here
+as everywhere. docs/search.md has what each finds.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -52,7 +54,7 @@ class Mixed(NamedTuple):
 
     wanted: Wanted
     strategy: Strategy | None
-    method: Method = "rrf"
+    method: Method = "relative"
     similarity: bool = True  # there is a vector to compare with
 
 

@@ -70,7 +70,7 @@ async def test_reciprocal_ranks_of_both_legs_are_added(ask, conditions, vector_w
         for id_ in vector | words
     }
     best = sorted(expected, key=lambda id_: (-round(expected[id_], 12), id_))[:10]
-    hits = await ask(10, conditions, mode="hybrid", vector_weight=vector_weight, text_weight=text_weight)
+    hits = await ask(10, conditions, mode="hybrid", fusion="rrf", vector_weight=vector_weight, text_weight=text_weight)
     assert [hit.score for hit in hits] == pytest.approx([expected[id_] for id_ in best])
     assert {hit.id for hit in hits} == set(best)
 
@@ -109,7 +109,7 @@ async def test_relative_weighs_both_scores_of_every_chunk_that_either_leg_found(
     monkeypatch.setattr(fusion, "LEG", leg)
     expected = blended(vector, words, leg, weights)
     best = sorted(expected, key=lambda id_: (-round(expected[id_], 9), id_))[:6]
-    hits = await ask(6, conditions, mode="hybrid", fusion="relative", vector_weight=weights[0], text_weight=weights[1])
+    hits = await ask(6, conditions, mode="hybrid", vector_weight=weights[0], text_weight=weights[1])
     assert [hit.score for hit in hits] == pytest.approx([expected[id_] for id_ in best])
     assert {hit.id: hit.text_score for hit in hits} == pytest.approx({hit.id: words.get(hit.id) for hit in hits})
     assert {hit.id: hit.similarity for hit in hits} == pytest.approx({hit.id: vector[hit.id] for hit in hits})
@@ -118,16 +118,17 @@ async def test_relative_weighs_both_scores_of_every_chunk_that_either_leg_found(
 async def test_relative_gives_nothing_for_words_beside_an_excluded_one(ask, monkeypatch):
     monkeypatch.setattr(fusion, "LEG", 6)
     held = {hit.id for hit in await ask(100, question="heron", mode="text")}
-    hits = await ask(6, question="otter lake -heron", mode="hybrid", fusion="relative", text_weight=0.0)
+    hits = await ask(6, question="otter lake -heron", mode="hybrid", text_weight=0.0)
     assert {hit.id for hit in hits} & held
     assert all(hit.text_score is None for hit in hits if hit.id in held)
 
 
 async def test_relative_without_a_word_that_is_stored_orders_by_the_vectors(ask):
-    hits = await ask(60, question="zeppelin", mode="hybrid", fusion="relative")
+    hits = await ask(60, question="zeppelin", mode="hybrid")
     assert len(hits) == COUNT
     assert all(hit.text_score is None for hit in hits)
     assert hits[0].score == pytest.approx(0.6)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
 async def test_a_threshold_is_on_cosine_similarity_in_every_mode(ask):

@@ -7,8 +7,10 @@ PgrecallError
 ├── VersionConflict       If-Match or If-None-Match does not allow what is stored
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
+│   ├── StorageFull       the database's disk is full
 │   └── PoolExhausted
 ├── TimedOut              the statement ran into its time limit
+├── BudgetSpent           the tokens that embedding was allowed are spent
 ├── UpstreamFailed        a model server failed, after the retries it deserved
 │   ├── EmbeddingFailed
 │   ├── RerankFailed
@@ -19,6 +21,8 @@ PgrecallError
     ├── ModelMismatch
     └── Unsafe            the login could reach another tenant's rows
 """
+
+from collections.abc import Mapping
 
 
 class PgrecallError(Exception):
@@ -68,12 +72,30 @@ class DatabaseUnavailable(Unavailable):
     """The database cannot be reached."""
 
 
+class StorageFull(Unavailable):
+    """The database's disk is full."""
+
+    def __init__(self, message: str = "", retry_after: int = 60) -> None:
+        super().__init__(message, retry_after)
+
+
 class PoolExhausted(Unavailable):
     """Every database connection is in use."""
 
 
 class TimedOut(PgrecallError):
     """The statement ran into its time limit."""
+
+
+class BudgetSpent(PgrecallError):
+    """The tokens that embedding was allowed are spent, or the next request could take more than are left."""
+
+    def __init__(self, spent: int, allowed: int) -> None:
+        super().__init__(
+            f"{spent:,} tokens of {allowed:,} are spent, and the next request could take more than the rest"
+        )
+        self.spent = spent
+        self.allowed = allowed
 
 
 class UpstreamFailed(PgrecallError):
@@ -83,12 +105,14 @@ class UpstreamFailed(PgrecallError):
 class EmbeddingFailed(UpstreamFailed):
     """The embedding model's server failed.
 
-    `index` is the position of the text at fault in the call, where one text is.
+    `faults` has the reason for each item of the call that is itself at fault, by position: texts in a call that embeds,
+    documents in one that stores. It is empty where the server is. `index` is the first of them.
     """
 
-    def __init__(self, message: str = "", index: int | None = None) -> None:
+    def __init__(self, message: str = "", index: int | None = None, faults: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
-        self.index = index
+        self.faults = dict(faults or ({} if index is None else {index: message}))
+        self.index = min(self.faults, default=None)
 
 
 class RerankFailed(UpstreamFailed):

@@ -62,7 +62,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     embedding_concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
     embedding_timeout: Annotated[float, Meta(gt=0, le=600)] = 30.0
     embedding_retries: Annotated[int, Meta(ge=0, le=10)] = 4
+    embedding_patience: Annotated[float, Meta(gt=0, le=3600)] = 120.0
+    embedding_price: Annotated[float, Meta(ge=0, le=10_000)] | None = None
     cache_rows: Annotated[int, Meta(ge=0, le=100_000_000)] = 100_000
+    cache_days: Annotated[float, Meta(gt=0, le=36_500)] = 90.0
 
     text_language: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_]{0,62}$", description=CONFIGURATION)] = "english"
     chunk_max_tokens: Annotated[int, Meta(ge=16, le=8000)] = 250
@@ -82,6 +85,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     exact_rows: Annotated[int, Meta(ge=100, le=10_000_000)] | None = None
     ef_search: Annotated[int, Meta(ge=10, le=1000)] = 250
     statement_timeout: Annotated[float, Meta(gt=0, le=3600)] = 10.0
+    erasure_timeout: Annotated[float, Meta(gt=0, le=86_400)] = 3600.0
     pool_size: Annotated[int, Meta(ge=1, le=1000)] = 10
     pool_timeout: Annotated[float, Meta(gt=0, le=300)] = 5.0
     prepared_statements: bool = True

@@ -124,7 +124,12 @@ sources = Table(
     ),
     _key("id", comment="The document's id, chosen by the caller, unique within the tenant; 1 to 512 bytes."),
     Column("title", Text, comment="The document's title, if it has one. Not embedded."),
-    Column("content", Text, nullable=False, comment="The whole text. Every chunk is an exact part of it."),
+    Column(
+        "content",
+        Text,
+        nullable=False,
+        comment="The whole text. Once the document is ready, every chunk is an exact part of it.",
+    ),
     Column(
         "content_sha256", LargeBinary, comment="SHA-256 of the text in UTF-8; null until the text has been chunked."
     ),
@@ -170,7 +175,9 @@ sources = Table(
         comment="How often embedding this version was tried without success.",
     ),
     Column(
-        "not_before", DateTime(timezone=True), comment="Not to be tried again before this moment; null for at once."
+        "not_before",
+        DateTime(timezone=True),
+        comment="Not to be worked on before this moment: the next try, or the end of a worker's claim. Null for at once.",
     ),
     Column("error", Text, comment="Why the last attempt failed."),
     Column("chunker", Text, comment="How the text was cut: name of the rules, most tokens, overlap."),
@@ -182,6 +189,12 @@ sources = Table(
         comment="pgrecall: embedded here. caller: the vector came with the document, which is one chunk.",
     ),
     Column("embedding_model", Text, comment="Name of the model whose space the vectors of this document belong to."),
+    Column("claimed_by", Text, comment="The worker that has the document in hand until not_before; null for none."),
+    Column(
+        "ready_at",
+        DateTime(timezone=True),
+        comment="When the stored text became searchable; null until then, and where an older release stored it.",
+    ),
     PrimaryKeyConstraint("tenant_id", "id"),
     CheckConstraint("state in ('pending', 'ready', 'failed')", name="state"),
     CheckConstraint("embedding_origin in ('pgrecall', 'caller')", name="embedding_origin"),
@@ -190,11 +203,15 @@ sources = Table(
     CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
     comment="One row per document: its whole text, its metadata and its state.",
 )
+DUE = func.coalesce(sources.c.not_before, text("'-infinity'::timestamp with time zone"))
+"""From when on a pending document may be worked on."""
+
+Index("sources_pending_idx", sources.c.tenant_id, DUE, postgresql_where=text("state = 'pending'"))
 Index(
-    "sources_not_ready_idx",
+    "sources_state_idx",
     sources.c.tenant_id,
     sources.c.state,
-    sources.c.not_before,
+    sources.c.id,
     postgresql_where=text("state <> 'ready'"),
 )
 
@@ -370,11 +387,22 @@ embedding_cache = Table(
     Column("content_sha256", LargeBinary, nullable=False, comment="SHA-256 of the text in UTF-8."),
     Column("embedding", Vector(), nullable=False, comment="The vector."),
     _moment("created_at", comment="When it was computed; the oldest go first."),
+    Column(
+        "left_by",
+        Text(collation="C"),
+        comment="Id of the document that had this text last and has it no more; its deletion takes the vector along.",
+    ),
     PrimaryKeyConstraint("tenant_id", "model", "dimensions", "input_type", "content_sha256"),
     CheckConstraint("input_type in ('document', 'query')", name="input_type"),
     comment="Vectors already computed, so that the same text is not paid for twice. May be emptied at any time.",
 )
 Index("embedding_cache_age_idx", embedding_cache.c.tenant_id, embedding_cache.c.created_at)
+Index(
+    "embedding_cache_left_by_idx",
+    embedding_cache.c.tenant_id,
+    embedding_cache.c.left_by,
+    postgresql_where=text("left_by is not null"),
+)
 
 analyst_tenants = Table(
     "analyst_tenants",
@@ -384,6 +412,19 @@ analyst_tenants = Table(
     PrimaryKeyConstraint("analyst", "tenant_id"),
     comment="Which tenants' rows a login with the role pgrecall_analyst may read. Filled by the owner.",
 )
+
+RUN_PREFIX = "pgrecall_run_"
+"""What the names of tables begin with that an operation makes at run time, such as a change of the model."""
+
+GRANTS = analyst_tenants
+"""Names tenants and holds nothing of theirs: an erasure leaves it to the owner."""
+
+
+def bearing() -> list[Table]:
+    """Every table here that holds tenants' rows, those first that refer to others."""
+    held = [table for table in metadata.sorted_tables if "tenant_id" in table.c and table is not GRANTS]
+    return held[::-1]
+
 
 views = MetaData()
 """The tenant views: the only way the service reads. Their filter on the tenant cannot be forgotten."""

@@ -19,11 +19,13 @@ from sqlalchemy.dialects.postgresql import insert as upsert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import cache, chunking, terms
+from app.batching import named
 from app.chunking import Chunk
 from app.database import Database
 from app.drafts import Draft, check
 from app.embedding import Embedder
-from app.errors import BadInput, EmbeddingFailed, TooLarge, Unavailable, VersionConflict
+from app.errors import BadInput, EmbeddingFailed, PgrecallError, TooLarge, Unavailable, VersionConflict
+from app.meter import Meter
 from app.settings import Settings
 from app.statements import rendered
 from app.tables import documents, sources, tenant_documents, tenant_sources
@@ -43,6 +45,23 @@ class Outcome(NamedTuple):
     embedded: int = 0
     reused: int = 0
     removed: int = 0
+
+
+class Fault(NamedTuple):
+    """Why a document was not stored. `field` is the part of it that `reason` is about, empty for none.
+
+    `lasting`: the same document will fail the same way again, as one that is over a limit, or has a text the model
+    refuses. Otherwise something came in the way, which `error` says: a server that is away, a budget that is spent.
+    """
+
+    id: str
+    field: str
+    reason: str
+    lasting: bool
+    error: PgrecallError
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}" if self.field else self.reason
 
 
 class _Overtaken(Exception):
@@ -89,17 +108,20 @@ async def put(
     *,
     expected: Container[str | None] | None = None,
     token_limit: int | None = None,
+    meter: Meter | None = None,
 ) -> list[Outcome]:
     """Store these documents, all or none, and say for each what changed. Their order is kept.
 
     `expected` (one draft): VersionConflict unless it holds the tag of what is stored, None standing for nothing.
-    `token_limit`: TooLarge when the texts to
-    embed have more tokens in all. BadInput and EmbeddingFailed name the item: `documents[3].content`.
+    `token_limit`: TooLarge when the texts to embed have more tokens in all. `meter` counts what embedding takes, and may
+    limit it: BudgetSpent. BadInput and EmbeddingFailed name the items: `documents[3].content`.
     """
     plans = await asyncio.to_thread(_plan, embedder, settings, drafts, token_limit)
     for _ in range(TRIES):
         stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans])
-        vectors = await _vectors(database, embedder, settings, tenant_id, plans, stored)
+        vectors, faults = await _vectors(database, embedder, settings, tenant_id, plans, stored, meter)
+        if faults:
+            raise _together(faults, len(plans))
         try:
             async with database.write(tenant_id) as connection:
                 outcomes, unfolded = await _write(connection, tenant_id, plans, vectors, stored, expected)
@@ -111,9 +133,58 @@ async def put(
     raise Unavailable("other writers kept changing these documents; try again")
 
 
-def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token_limit: int | None) -> list[_Plan]:
+async def put_each(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    *,
+    meter: Meter | None = None,
+) -> list[Outcome | Fault]:
+    """Store each of these documents that can be stored, whole; say for each what changed or why it was left out.
+
+    The answers are in the order of the drafts. Raises only where nothing was stored: BadInput for more than MAX_BATCH
+    drafts, and what the database fails with.
+    """
+    _check_count(drafts)
+    planned = await asyncio.to_thread(_plan_each, embedder, settings, drafts)
+    answers: list[Outcome | Fault | None] = [item if isinstance(item, Fault) else None for item in planned]
+    plans = {index: item for index, item in enumerate(planned) if isinstance(item, _Plan)}
+    if not plans:
+        return [answer for answer in answers if answer is not None]
+    for _ in range(TRIES):
+        stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans.values()])
+        every = list(plans.values())
+        vectors, faults = await _vectors(database, embedder, settings, tenant_id, every, stored, meter)
+        left_out = dict(zip(plans, map(faults.get, range(len(every))), strict=True))
+        for index, error in left_out.items():
+            if error is not None:
+                answers[index] = _fault(plans.pop(index).draft, error)
+        try:
+            outcomes: list[Outcome] = []
+            unfolded = 0
+            if plans:
+                async with database.write(tenant_id) as connection:
+                    every = list(plans.values())
+                    outcomes, unfolded = await _write(connection, tenant_id, every, vectors, stored, None)
+        except _Overtaken:
+            continue
+        if unfolded > terms.FOLD_AFTER:
+            await terms.fold(database, tenant_id)
+        for index, outcome in zip(plans, outcomes, strict=True):
+            answers[index] = outcome
+        return [answer for answer in answers if answer is not None]
+    raise Unavailable("other writers kept changing these documents; try again")
+
+
+def _check_count(drafts: Sequence[Draft]) -> None:
     if not 1 <= len(drafts) <= MAX_BATCH:
         raise BadInput("documents", f"{len(drafts)} items; allowed: 1 to {MAX_BATCH:,}")
+
+
+def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token_limit: int | None) -> list[_Plan]:
+    _check_count(drafts)
     own = []
     seen: dict[str, int] = {}
     for index, draft in enumerate(drafts):
@@ -126,18 +197,53 @@ def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token
         seen[draft.id] = index
     if token_limit is not None:
         _check_tokens(embedder, [draft.content for draft in drafts if draft.embedding is None], token_limit)
-    max_tokens = min(settings.chunk_max_tokens, embedder.max_tokens)
-    cut = {"max_tokens": max_tokens, "overlap_tokens": settings.chunk_overlap_tokens}
-    chunker = f"{chunking.VERSION}/{max_tokens}/{settings.chunk_overlap_tokens}"
-    plans = []
-    for draft, vector in zip(drafts, own, strict=True):
-        if vector is None:
-            chunks = chunking.chunk(draft.content, embedder.count_tokens, **cut)
+    return [_cut(embedder, settings, draft, vector) for draft, vector in zip(drafts, own, strict=True)]
+
+
+def _plan_each(embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) -> list[_Plan | Fault]:
+    planned: list[_Plan | Fault] = []
+    seen: dict[str, int] = {}
+    for index, draft in enumerate(drafts):
+        try:
+            own = check(draft, embedder.dimensions)
+            if draft.id in seen:
+                raise BadInput("id", f"{draft.id!r} is also the id of documents[{seen[draft.id]}]")  # noqa: TRY301
+        except BadInput as error:
+            planned.append(_fault(draft, error))
         else:
-            chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
-        used = chunker if vector is None else "whole"
-        plans.append(_Plan(draft, cache.digest(draft.content), chunks, used, embedder.model, vector))
-    return plans
+            seen[draft.id] = index
+            planned.append(_cut(embedder, settings, draft, own))
+    return planned
+
+
+def _cut(embedder: Embedder, settings: Settings, draft: Draft, own: npt.NDArray[np.float32] | None) -> _Plan:
+    max_tokens = min(settings.chunk_max_tokens, embedder.max_tokens)
+    if own is not None:
+        chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
+        return _Plan(draft, cache.digest(draft.content), chunks, "whole", embedder.model, own)
+    overlap = settings.chunk_overlap_tokens
+    chunks = chunking.chunk(draft.content, embedder.count_tokens, max_tokens=max_tokens, overlap_tokens=overlap)
+    chunker = f"{chunking.VERSION}/{max_tokens}/{overlap}"
+    return _Plan(draft, cache.digest(draft.content), chunks, chunker, embedder.model, None)
+
+
+def _fault(draft: Draft, error: PgrecallError) -> Fault:
+    if isinstance(error, BadInput):
+        return Fault(draft.id, error.field, error.fault, lasting=True, error=error)
+    lasting = isinstance(error, EmbeddingFailed) and error.index is not None
+    return Fault(draft.id, "content" if lasting else "", str(error), lasting=lasting, error=error)
+
+
+def _together(faults: Mapping[int, PgrecallError], count: int) -> PgrecallError:
+    """One error for a call of `count` documents that all or none were to be stored by."""
+    refused = {
+        index: str(fault)
+        for index, fault in sorted(faults.items())
+        if isinstance(fault, EmbeddingFailed) and fault.index is not None
+    }
+    if refused:
+        return EmbeddingFailed(named(refused, count, "documents[{}].content"), faults=refused)
+    return next(iter(faults.values()))
 
 
 def _check_tokens(embedder: Embedder, texts: list[str], limit: int) -> None:
@@ -302,23 +408,27 @@ async def _vectors(
     tenant_id: str,
     plans: Sequence[_Plan],
     stored: Mapping[str, _Stored],
-) -> dict[str, npt.NDArray[np.float32]]:
-    """A vector for each text that has no row to keep, by text."""
-    texts: dict[str, int] = {}
-    for index, plan in enumerate(plans):
+    meter: Meter | None,
+) -> tuple[dict[str, npt.NDArray[np.float32]], dict[int, PgrecallError]]:
+    """A vector for each text that has no row to keep, by text; and the fault of each plan that lacks one, by position."""
+    needed: list[list[str]] = []
+    for plan in plans:
         before = stored.get(plan.draft.id)
-        if plan.own is not None or (before is not None and before.matches(plan, None)):
-            continue
+        settled = plan.own is not None or (before is not None and before.matches(plan, None))
         kept = before.reusable(plan) if before else set()
-        texts |= {chunk.content: index for chunk in plan.chunks if chunk.key not in kept and chunk.content not in texts}
-    try:
-        vectors = await cache.embed(database, embedder, settings, tenant_id, list(texts))
-    except EmbeddingFailed as error:
-        if error.index is None or len(plans) == 1:
-            raise
-        item = list(texts.values())[error.index]
-        raise EmbeddingFailed(f"documents[{item}].content: {error}", error.index) from error
-    return dict(zip(texts, vectors, strict=True))
+        needed.append([] if settled else [chunk.content for chunk in plan.chunks if chunk.key not in kept])
+    texts = [text for some in needed for text in some]
+    attempt = await cache.embed_each(database, embedder, settings, tenant_id, texts, meter=meter)
+    at_fault = {texts[position]: fault for position, fault in attempt.faults.items()}
+    faults: dict[int, PgrecallError] = {}
+    if at_fault:
+        for index, some in enumerate(needed):
+            mine = [at_fault[text] for text in some if text in at_fault]
+            # What is the document's own fault is what its owner can mend.
+            mine.sort(key=lambda fault: not (isinstance(fault, EmbeddingFailed) and fault.index is not None))
+            if mine:
+                faults[index] = mine[0]
+    return dict(zip(texts, attempt.vectors, strict=True)), faults
 
 
 async def _write(
@@ -348,6 +458,7 @@ async def _write(
     gone = [(row["document_id"], key) for row in rows.removed for key in row["keys"]]
     if gone:
         await terms.forget(connection, tenant_id, gone)
+        await cache.leave(connection, rows.removed)
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),

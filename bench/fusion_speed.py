@@ -33,6 +33,9 @@ def fill(
 ) -> int:
     """Store the chunks of every folder, once each; how many there are."""
     count = 0
+    slow = owner.execute(postgres.SLOW_INDEXES.encode()).fetchall()
+    for index, _ in slow:
+        owner.execute(f"drop index {index}".encode())
     for folder in folders:
         collection = judgements.read(folder, TENANT)
         cut = fusion.chunks(embedder, collection)
@@ -48,6 +51,8 @@ def fill(
             for ((id_, _), content), vector in zip(cut.items(), vectors, strict=True):
                 rows.write_row((TENANT, f"{folder.name}-{id_}", chunking.key(content), content, str(vector.tolist())))
         count += len(cut)
+    for _, definition in slow:
+        owner.execute(str(definition).encode())
     owner.execute("call fill_terms()")
     owner.execute("vacuum analyze documents, sources, document_terms, term_statistics, collection_statistics")
     return count

@@ -102,7 +102,7 @@ def highest(scores: Floats) -> Floats:
     return scores / (scores.max() or 1)
 
 
-def both_scores(met: Met, share: float = 0.6) -> Floats:
+def both_scores(met: Met, share: float = fusion.SHARES[0]) -> Floats:
     return share * spread(met.similarity) + (1 - share) * highest(met.words)
 
 
@@ -141,7 +141,9 @@ def second(met: Met, inner: Fusion = both_scores, weight: float = 0.1) -> Floats
     return gained
 
 
-def feedback(met: Met, inner: Fusion = both_scores, best: int = 3, weight: float = 0.3) -> Floats:
+def feedback(
+    met: Met, inner: Fusion = both_scores, best: int = fusion.FEEDBACK, weight: float = fusion.FEEDBACK_WEIGHT
+) -> Floats:
     """Rocchio: the question moved to the mean of the best, what was met measured again (nothing is searched again)."""
     relevant = np.argsort(-inner(met).round(12), kind="stable")[:best]
     middle = met.vectors[relevant].mean(0)

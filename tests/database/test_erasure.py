@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from app import cache, documents, erasure, holdings, questions, terms
 from app.database import Database
 from app.drafts import Draft
-from app.errors import NotFound, SetupError, TimedOut, Unavailable, VersionConflict
+from app.errors import BeingErased, NotFound, SetupError, TimedOut, Unavailable, VersionConflict
 from app.tables import GRANTS, RUN_PREFIX, bearing
 from app.upsert import put
 from tests.conftest import DIMENSIONS
@@ -193,7 +193,7 @@ async def test_a_put_during_an_erasure_is_told_to_come_again_and_holds_no_connec
 ):
     await write(Draft("a", OTTERS))
     async with database.write("acme", alone=True):
-        with pytest.raises(Unavailable, match="is being erased") as refused:
+        with pytest.raises(BeingErased, match="is being erased") as refused:
             await write(Draft("c", HERONS))
         assert refused.value.retry_after == 5
         (outcome,) = await write(Draft("c", HERONS), tenant="other")

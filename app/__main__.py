@@ -14,7 +14,20 @@ if os.getpid() == 1:
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import __version__, commands, demo, erasing, floors, formats, ingest, scorecard, settings, telemetry, terminal
+from app import (
+    __version__,
+    backlog,
+    commands,
+    demo,
+    erasing,
+    floors,
+    formats,
+    ingest,
+    scorecard,
+    settings,
+    telemetry,
+    terminal,
+)
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
@@ -108,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
         asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
+    _queueing(command)
     _evaluating(command)
     erased = command(
         "erase",
@@ -143,6 +157,42 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     return made
+
+
+def _queueing(command: Callable[..., argparse.ArgumentParser]) -> None:
+    working = command(
+        "worker",
+        backlog.work,
+        "Embed the documents that were put with ?wait=false or by SQL.",
+        "pgrecall worker",
+        "pgrecall worker --once --tenant acme",
+    )
+    working.add_argument("--tenant", action="append", help="only this tenant's; may be repeated")
+    working.add_argument("--once", action="store_true", help="end when nothing is due: for cron")
+    _json(working)
+    queued = command(
+        "queue",
+        backlog.queue,
+        "List the documents that are pending or were given up, with the reason.",
+        "pgrecall queue --state failed",
+        "pgrecall queue --tenant acme --json",
+    )
+    queued.add_argument("--tenant", help="only this tenant's")
+    queued.add_argument("--state", choices=["pending", "failed"], help="only these")
+    queued.add_argument("--limit", type=_whole(1, 100_000), default=100, metavar="N", help="at most so many (100)")
+    _json(queued)
+    retried = command(
+        "retry",
+        backlog.retry,
+        "Queue documents that were given up again.",
+        "pgrecall retry --tenant acme --id faq/password",
+        "pgrecall retry --tenant acme --all",
+    )
+    retried.add_argument("--tenant", required=True, help="whose documents")
+    which = retried.add_mutually_exclusive_group(required=True)
+    which.add_argument("--id", action="append", help="this document; may be repeated")
+    which.add_argument("--all", action="store_true", help="every one that was given up")
+    _json(retried)
 
 
 def _ingesting(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -253,6 +303,16 @@ def _serving(added: argparse.ArgumentParser) -> None:
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     added.add_argument("--port", type=_whole(0, 65_535), default=8000, help="port, 0 for a free one (8000)")
     added.add_argument("--workers", type=_whole(1, 64), default=1, metavar="N", help="server processes (1)")
+    worker = added.add_mutually_exclusive_group()
+    worker.add_argument(
+        "--with-worker",
+        action="store_true",
+        default=None,
+        help="embed what is put with ?wait=false in the server itself (with the embedded database)",
+    )
+    worker.add_argument(
+        "--without-worker", dest="with_worker", action="store_false", help="leave that to `pgrecall worker`"
+    )
     added.add_argument("--insecure", action="store_true", help="listen on an address others can reach, without keys")
 
 

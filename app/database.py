@@ -174,6 +174,11 @@ class Database:
         (rows,) = await _run(pool, config, [statement])
         return rows
 
+    async def fetch_across(self, statement: Statement) -> list[dict[str, Any]]:
+        """Rows of every tenant, read as pgrecall_worker, which sees the state of documents and not their texts."""
+        (rows,) = await _run(self._primary, {**self._public, "role": roles.WORKER}, [statement])
+        return rows
+
     async def _written(self) -> int:
         ((row,),) = await _run(self._primary, self._public, [Statement("written", WRITTEN, {})])
         return int(row["position"])

@@ -72,6 +72,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chunk_overlap_tokens: Annotated[int, Meta(ge=0, le=4000)] = 100
     request_tokens: Annotated[int, Meta(ge=1_000, le=100_000_000)] = 250_000
 
+    with_worker: bool = False
+    worker_concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
+    worker_poll: Annotated[float, Meta(ge=0.1, le=3600)] = 5.0
+    worker_lease: Annotated[float, Meta(ge=1, le=3600)] = 60.0
+    worker_attempts: Annotated[int, Meta(ge=1, le=1000)] = 5
+
     rerank_url: HttpUrl | None = None
     rerank_model: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     rerank_key: Annotated[str, Meta(min_length=1)] | None = None

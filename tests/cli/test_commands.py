@@ -169,7 +169,8 @@ def test_a_database_of_another_model_is_refused(run, monkeypatch, folder):
 def test_every_command_has_help_with_examples(capsys):
     (several,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     assert set(several.choices) == {
-        "serve", "demo", "migrate", "roles", "index", "ingest", "search", "ask", "evaluate", "settings", "status"
+        "serve", "demo", "migrate", "roles", "index", "ingest", "search", "ask", "evaluate", "settings", "status",
+        "worker", "queue", "retry"
     }  # fmt: skip
     for name in several.choices:
         with pytest.raises(SystemExit):

@@ -293,3 +293,14 @@ def test_vacuum_takes_dead_rows_out_and_refuses_a_login_that_may_not(owner, owne
     assert erasure.vacuum(owner_url) > 0
     with pytest.raises(SetupError, match="VACUUM is for the owner"):
         erasure.vacuum(settings.database_url)
+
+
+async def test_writers_that_leave_the_same_texts_in_another_order_do_not_wait_in_a_circle(write, database, settings):
+    async def replaced(*names):
+        for turn in range(8):
+            texts = (OTTERS, HERONS) if turn % 2 else (HERONS, OTTERS)
+            await write(*(Draft(name, text) for name, text in zip(names, texts, strict=True)))
+
+    await asyncio.gather(replaced("a", "b"), replaced("d", "c"), replaced("f", "e"))
+    for name in ("a", "d", "e"):
+        assert (await erasure.document(database, settings, "acme", name)).complete

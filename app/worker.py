@@ -270,6 +270,8 @@ class Worker:
         try:
             documents = await self._loaded(tenant_id, claims)
             answers = await upsert.complete(self.database, self.embedder, self.settings, tenant_id, documents)
+        except BeingErased:
+            raise  # no reason to pause the others
         except Unavailable as error:
             await self._put_back(tenant_id, claims, error)
         except Exception as error:  # noqa: BLE001  whatever it is, one document's must not stop the others'

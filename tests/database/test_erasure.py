@@ -13,6 +13,7 @@ from app.drafts import Draft
 from app.errors import BeingErased, NotFound, SetupError, TimedOut, Unavailable, VersionConflict
 from app.tables import GRANTS, RUN_PREFIX, bearing
 from app.upsert import put
+from app.worker import Worker
 from tests.conftest import DIMENSIONS
 
 OTTERS = "Otters eat fish. " + " ".join(f"They were seen at the {n}th mill of the river." for n in range(60))
@@ -304,3 +305,21 @@ async def test_writers_that_leave_the_same_texts_in_another_order_do_not_wait_in
     await asyncio.gather(replaced("a", "b"), replaced("d", "c"), replaced("f", "e"))
     for name in ("a", "d", "e"):
         assert (await erasure.document(database, settings, "acme", name)).complete
+
+
+async def test_a_worker_goes_on_for_other_tenants_while_one_is_erased(write, database, embedder, settings, owner):
+    for tenant in ("acme", "other"):
+        owner.execute("insert into sources (tenant_id, id, content) values (%s, 'a', 'Otters eat fish.')", (tenant,))
+    working = Worker(database, embedder, settings)
+    async with database.write("acme", alone=True):
+        task = asyncio.create_task(working.run())
+        async with asyncio.timeout(60):
+            while owner.execute("select count(*) from sources where state = 'ready'").fetchone() != (1,):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert working._pause == 0
+    assert owner.execute("select tenant_id from sources where state = 'ready'").fetchall() == [("other",)]
+    async with asyncio.timeout(60):
+        while owner.execute("select count(*) from sources where state = 'ready'").fetchone() != (2,):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -28,7 +28,7 @@ import msgspec
 import psycopg
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 
-from app import pending, schema, upsert
+from app import pending, schema, spaces, upsert
 from app.database import Database, translated
 from app.drafts import MAX_TEXT_BYTES, Draft
 from app.embedding import Embedder
@@ -506,6 +506,7 @@ async def beside(embedder: Embedder, settings: Settings) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        await spaces.close(database)
         await database.close()
 
 

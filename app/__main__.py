@@ -14,7 +14,7 @@ if os.getpid() == 1:
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import __version__, commands, demo, floors, scorecard, settings, telemetry, terminal
+from app import __version__, commands, demo, erasing, floors, scorecard, settings, telemetry, terminal
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
@@ -120,6 +120,18 @@ def parser() -> argparse.ArgumentParser:
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
     _evaluating(command)
+    erased = command(
+        "erase",
+        erasing.erase,
+        "Erase a tenant, or one of its documents, and say what is left where.",
+        "pgrecall erase --tenant acme --yes",
+        "pgrecall erase --tenant acme --id faq/password --vacuum --yes --json",
+    )
+    erased.add_argument("--tenant", required=True, help="whose documents, and all that came of them")
+    erased.add_argument("--id", help="only this document")
+    erased.add_argument("--vacuum", action="store_true", help="then take the dead rows out of tables and indexes")
+    erased.add_argument("--yes", action="store_true", help="do not ask")
+    _json(erased)
     indexed = command(
         "index",
         commands.index,

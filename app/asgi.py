@@ -20,7 +20,7 @@ from litestar.static_files import create_static_files_router
 
 from app import __version__, chat, embedding, rerank, telemetry
 from app import settings as environment
-from app.api import documents, health, problems, rag, search
+from app.api import documents, erasure, health, problems, rag, search
 from app.api.body import BodyGuard, StrictRequest
 from app.api.methods import Heads
 from app.api.paths import RawIds
@@ -55,6 +55,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         documents.list_documents,
         documents.delete_document,
         documents.delete_documents,
+        erasure.erase_tenant,
     ]
     app = Litestar(
         route_handlers=[

@@ -6,10 +6,13 @@ import random
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+from sqlalchemy import ARRAY, Text, bindparam, delete, func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import claims, pruning
 from app.batching import Attempt, Vectors
@@ -18,6 +21,8 @@ from app.embedding import Embedder
 from app.errors import EmbeddingFailed, PgrecallError
 from app.meter import Meter
 from app.settings import Settings
+from app.tables import documents, embedding_models
+from app.tables import embedding_cache as cached
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two looks at what another process computes."""
@@ -27,6 +32,48 @@ _Share = asyncio.Future[Vector | EmbeddingFailed | None]
 
 _under_way: WeakKeyDictionary[Database, dict[tuple[claims.Space, bytes], _Share]] = WeakKeyDictionary()
 """What calls of this process are computing. A result of None says nothing of the text: that call gave up for its own reasons."""
+
+_of_tenant = bindparam("of_tenant", type_=Text)
+_chunks = select(func.sha256(func.convert_to(documents.c.content, "UTF8"))).where(documents.c.tenant_id == _of_tenant)
+LEAVE = (
+    update(cached)
+    .where(
+        cached.c.tenant_id == _of_tenant,
+        cached.c.model == embedding_models.c.name,
+        cached.c.dimensions == embedding_models.c.dimensions,
+        cached.c.input_type == "document",
+        cached.c.content_sha256
+        == func.any(
+            func.array(
+                _chunks.where(
+                    documents.c.id == bindparam("document_id", type_=Text),
+                    documents.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
+                ).scalar_subquery()
+            )
+        ),
+    )
+    .values(left_by=bindparam("document_id", type_=Text))
+)
+"""Which document the texts of chunks that are about to be removed were in, so that its deletion takes their vectors along."""
+
+ERASE = (
+    delete(cached)
+    .where(
+        cached.c.tenant_id == _of_tenant,
+        or_(
+            cached.c.left_by == func.any(bindparam("ids", type_=ARRAY(Text))),
+            cached.c.content_sha256
+            == func.any(
+                func.array(
+                    _chunks.where(documents.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))).scalar_subquery()
+                )
+            ),
+        ),
+    )
+    .returning(cached.c.content_sha256)
+)
+"""Vectors of the texts that documents, which are about to be removed, have or had. A document beside them that has such a
+text keeps its rows."""
 
 
 def digest(text: str) -> bytes:
@@ -190,3 +237,16 @@ def _attempt(
         else:
             placed[position] = fault
     return Attempt(vectors, placed)
+
+
+async def leave(connection: AsyncConnection, removed: Sequence[Mapping[str, Any]]) -> None:
+    """Note the document of chunks that are about to be removed: `tenant_id`, `document_id` and `keys` of each document."""
+    values = [
+        {"of_tenant": row["tenant_id"], "document_id": row["document_id"], "keys": row["keys"]} for row in removed
+    ]
+    await connection.execute(LEAVE, values)
+
+
+async def erase(connection: AsyncConnection, tenant_id: str, ids: Sequence[str]) -> list[bytes]:
+    """Remove the vectors of what these documents, about to be removed, say or said. The digest of each removed entry."""
+    return list((await connection.execute(ERASE, {"of_tenant": tenant_id, "ids": list(ids)})).scalars())

@@ -15,11 +15,12 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import text
+from sqlalchemy import ARRAY, LargeBinary, bindparam, func, select, text
 
 from app.database import Database
 from app.errors import PgrecallError
-from app.statements import Statement
+from app.statements import rendered
+from app.tables import embedding_cache as cached
 
 LEASE = 20.0
 """Seconds a claim holds, unless it is renewed; so long a text waits whose holder was killed."""
@@ -32,29 +33,28 @@ LINGER = 0.25
 
 Vector = npt.NDArray[np.float32]
 
+KNOWN = (
+    select(cached.c.content_sha256, cached.c.embedding)
+    .where(cached.c.tenant_id == bindparam("tenant_id"))
+    .where(cached.c.model == bindparam("model"))
+    .where(cached.c.dimensions == bindparam("dimensions"))
+    .where(cached.c.input_type == "document")
+    .where(cached.c.content_sha256 == func.any(bindparam("digests", type_=ARRAY(LargeBinary))))
+)
+"""Vectors of texts by their digest."""
+
 CLAIM = """
 insert into embedding_claims (tenant_id, model, dimensions, input_type, content_sha256, holder, expires_at)
-select %(tenant_id)s::text, %(model)s::text, %(dimensions)s::integer, 'document', wanted.digest, %(holder)s::uuid,
-       clock_timestamp() + make_interval(secs => %(lease)s::double precision)
-  from unnest(%(digests)s::bytea[]) as wanted (digest)
- where not exists (
-       select from embedding_cache c
-        where c.tenant_id = %(tenant_id)s::text and c.model = %(model)s::text and c.dimensions = %(dimensions)s::integer
-          and c.input_type = 'document' and c.content_sha256 = wanted.digest)
+select :tenant_id, :model, :dimensions, 'document', wanted.digest, :holder,
+       clock_timestamp() + make_interval(secs => :lease)
+  from unnest(cast(:digests as bytea[])) as wanted (digest)
  order by wanted.digest
     on conflict on constraint embedding_claims_pkey
     do update set holder = excluded.holder, expires_at = excluded.expires_at
- where embedding_claims.expires_at < clock_timestamp() or embedding_claims.holder = excluded.holder
+ where embedding_claims.expires_at < clock_timestamp()
 returning content_sha256
 """
-"""Claim the texts that are neither known nor held by a call that is alive. Claimed rows come back."""
-
-KNOWN = """
-select content_sha256, embedding from embedding_cache
- where tenant_id = %(tenant_id)s::text and model = %(model)s::text and dimensions = %(dimensions)s::integer
-   and input_type = 'document' and content_sha256 = any (%(digests)s::bytea[])
-"""
-"""Vectors of texts by their digest. Read after claiming: what was kept between the two is seen."""
+"""Claim the texts that no call holds which is alive; those that are claimed now come back."""
 
 KEEP = """
 insert into embedding_cache (tenant_id, model, dimensions, input_type, content_sha256, embedding)
@@ -89,6 +89,9 @@ delete from embedding_claims claim
 """The end of claims of one call."""
 
 
+_KNOWN = rendered(KNOWN)
+
+
 class Space(NamedTuple):
     """Whose texts are embedded, and by which model."""
 
@@ -105,13 +108,19 @@ class Found(NamedTuple):
 
 
 async def claim(database: Database, space: Space, holder: uuid.UUID, digests: Sequence[bytes]) -> Found:
-    """Look these texts up and claim what can be claimed, in one round trip. May be repeated."""
-    values = {**space._asdict(), "holder": holder, "lease": LEASE, "digests": list(digests)}
-    claimed, known = await database.fetch(
-        space.tenant_id, [Statement("claim", CLAIM, values), Statement("known vectors", KNOWN, values)], primary=True
-    )
-    found = {row["content_sha256"]: row["embedding"].to_numpy() for row in known}
-    return Found(found, [row["content_sha256"] for row in claimed])
+    """Look these texts up and claim those of the others that can be claimed."""
+    values = {**space._asdict(), "digests": list(digests)}
+    (rows,) = await database.fetch(space.tenant_id, [_KNOWN.with_values("known vectors", values)], primary=True)
+    known = {row["content_sha256"]: row["embedding"].to_numpy() for row in rows}
+    values["digests"] = missing = [digest for digest in digests if digest not in known]
+    if not missing:
+        return Found(known, [])
+    async with database.write(space.tenant_id) as connection:
+        claimed = (await connection.execute(text(CLAIM), values | {"holder": holder, "lease": LEASE})).scalars().all()
+        # A claim can be had because its holder has kept the vector and gone: that is seen only now.
+        late = await connection.execute(KNOWN, values)
+        known |= {row.content_sha256: row.embedding.to_numpy() for row in late}
+    return Found(known, list(claimed))
 
 
 class Keeper:

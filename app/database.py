@@ -10,13 +10,21 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import psycopg
-from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy import Engine, Select, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import NullPool
 
 from app import roles
-from app.errors import DatabaseUnavailable, PgrecallError, PoolExhausted, SchemaTooOld, TimedOut, Unavailable
+from app.errors import (
+    DatabaseUnavailable,
+    PgrecallError,
+    PoolExhausted,
+    SchemaTooOld,
+    StorageFull,
+    TimedOut,
+    Unavailable,
+)
 from app.pool import Pool
 from app.replica import Replayed, Replica
 from app.settings import Settings
@@ -26,6 +34,12 @@ log = logging.getLogger(__name__)
 
 IN_THE_WAY = frozenset({"40001", "40P01", "55P03"})
 """SQLSTATEs of a statement that another transaction got the better of: serialisation, deadlock, lock not to be had."""
+
+SETTLE = 1.0
+"""Seconds a write waits while its tenant is being erased before it is told to come again; it holds a connection so long."""
+
+WRITERS_END = 60.0
+"""Seconds an erasure waits for the writes of its tenant that are under way."""
 
 WRITTEN = """
 select pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end,
@@ -86,20 +100,29 @@ class Database:
         await self._primary.close()
 
     @asynccontextmanager
-    async def write(self, tenant_id: str) -> AsyncIterator[AsyncConnection]:
+    async def write(
+        self, tenant_id: str, *, alone: bool = False, limit: float | None = None
+    ) -> AsyncIterator[AsyncConnection]:
         """A transaction as this tenant on the primary; commits when the block ends, leaves nothing when it fails.
 
-        A connection that turns out to be dead before the block begins is replaced once.
+        `alone`: no other write of the tenant runs beside it, which is for erasing. `limit`: seconds a statement may take,
+        PGRECALL_STATEMENT_TIMEOUT unless given. Raises Unavailable where an erasure does not end soon. A connection that
+        turns out to be dead before the block begins is replaced once.
         """
         identity = self._identity(tenant_id)
+        if limit is not None:
+            identity["statement_timeout"] = str(int(limit * 1000))
         with translated():
             for last_try in (False, True):
                 async with self._primary.lend() as lent:
                     connection, config = lent.connection, lent.search_path | identity
                     try:
                         await connection.begin()
-                        await connection.execute(select(*(func.set_config(*pair, True) for pair in config.items())))
+                        await connection.execute(_begun(config, tenant_id, alone=alone))
                     except DBAPIError as error:
+                        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                            await connection.rollback()
+                            raise _busy(tenant_id, alone=alone) from error
                         self._primary.suspect()
                         if not error.connection_invalidated or last_try:
                             raise
@@ -166,6 +189,23 @@ class Database:
         return {**self._public, "pgrecall.tenant_id": tenant_id}
 
 
+def _begun(config: Mapping[str, str], tenant_id: str, *, alone: bool) -> Select[Any]:
+    """What a writing transaction begins with: its settings, then the lock that writers share and an erasure has alone."""
+    lock = func.pg_advisory_xact_lock if alone else func.pg_advisory_xact_lock_shared
+    return select(
+        *(func.set_config(*pair, True) for pair in config.items()),
+        func.set_config("lock_timeout", str(int(1000 * (WRITERS_END if alone else SETTLE))), True),
+        lock(func.hashtextextended(f"pgrecall tenant {tenant_id}", 0)),
+        func.set_config("lock_timeout", "0", True),
+    )
+
+
+def _busy(tenant_id: str, *, alone: bool) -> Unavailable:
+    if alone:
+        return Unavailable(f"writes to tenant {tenant_id!r} did not end within {WRITERS_END:.0f} s; try again", 10)
+    return Unavailable(f"tenant {tenant_id!r} is being erased; what is put afterwards stays; try again", 5)
+
+
 async def _run(pool: Pool, config: Mapping[str, str], statements: Sequence[Statement]) -> list[list[dict[str, Any]]]:
     with translated():
         return await pool.run(config, statements)
@@ -192,6 +232,11 @@ def _ours(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one f
             return PoolExhausted("the database accepts no more connections; try again")
         case psycopg.errors.DatabaseError() if error.sqlstate in IN_THE_WAY:
             return Unavailable("other work was in the way; try again")
+        case psycopg.errors.DiskFull():
+            return StorageFull(
+                "the database's disk is full and nothing of this was stored: free space there, or move the database to a "
+                "larger disk, then try again"
+            )
         case psycopg.errors.UndefinedTable():
             return SchemaTooOld("a table is missing from the database: run `pgrecall migrate`")
         case psycopg.errors.ReadOnlySqlTransaction():

@@ -4,18 +4,33 @@ from collections.abc import Container
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, Integer, Select, Text, bindparam, delete, func, select
+from sqlalchemy import (
+    ARRAY,
+    Delete,
+    Integer,
+    Select,
+    Table,
+    TableClause,
+    Text,
+    bindparam,
+    delete,
+    func,
+    literal_column,
+    select,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import terms
+from app import cache, holdings, terms
 from app.conditions import Conditions, where, where_values
 from app.database import Database
 from app.errors import BadInput, NotFound, VersionConflict
 from app.statements import rendered
-from app.tables import sources, tenant_sources
+from app.tables import document_terms, documents, sources, tenant_sources
 from app.tags import tag
 
 _tenant = bindparam("tenant_id", type_=Text)
 _document = bindparam("document_id", type_=Text)
+_ids = bindparam("ids", type_=ARRAY(Text))
 
 LOCKED_STATE = (
     select(sources.c.version, sources.c.updated_at)
@@ -24,10 +39,26 @@ LOCKED_STATE = (
 )
 """What the tag of one document is made of, with writers kept out until the transaction ends."""
 
-REMOVE = delete(sources).where(
-    sources.c.tenant_id == _tenant, sources.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))
+
+def _of(table: TableClause | Table) -> Delete:
+    return delete(table).where(table.c.tenant_id == _tenant, table.c.id == func.any(_ids))
+
+
+REMOVE = _of(sources)
+"""Documents; what refers to them goes by the foreign keys, where it has not gone before to be counted."""
+
+REMOVE_CHUNKS = _of(documents)
+"""The chunks of documents."""
+
+COUNT_TERMS = (
+    select(func.count())
+    .select_from(document_terms)
+    .where(document_terms.c.tenant_id == _tenant, document_terms.c.id == func.any(_ids))
 )
-"""Documents; their chunks go with them by the foreign key."""
+"""How many chunks of documents can be searched by their words."""
+
+TRANSACTION: Select[str] = select(literal_column("pg_current_xact_id()::xid::text", Text))
+"""The number of this transaction: rows of later ones have a later number."""
 
 
 class Document(NamedTuple):
@@ -91,10 +122,18 @@ async def page(
     return [Document(content=None, **row) for row in rows]
 
 
+class Removed(NamedTuple):
+    """What went with documents: rows by table, the digests of their cached vectors, and the transaction's number."""
+
+    rows: dict[str, int]
+    digests: list[bytes]
+    transaction: str
+
+
 async def remove(
     database: Database, tenant_id: str, document_id: str, *, expected: Container[str | None] | None = None
-) -> None:
-    """Delete one document, chunks and all. Raises NotFound, or VersionConflict where its tag is not in `expected`."""
+) -> Removed:
+    """Delete one document and all that came of it. Raises NotFound, or VersionConflict where its tag is not in `expected`."""
     async with database.write(tenant_id) as connection:
         values = {"tenant_id": tenant_id, "document_id": document_id}
         stored = (await connection.execute(LOCKED_STATE, values)).one_or_none()
@@ -104,8 +143,7 @@ async def remove(
             raise VersionConflict(
                 f"version {stored.version} of this document is stored now, which the condition does not allow"
             )
-        await terms.forget_documents(connection, tenant_id, [document_id])
-        await connection.execute(REMOVE, {"tenant_id": tenant_id, "ids": [document_id]})
+        return await _take(connection, tenant_id, [document_id])
 
 
 async def remove_matching(database: Database, tenant_id: str, conditions: Conditions) -> int:
@@ -115,6 +153,22 @@ async def remove_matching(database: Database, tenant_id: str, conditions: Condit
     async with database.write(tenant_id) as connection:
         found = await connection.execute(matching(conditions), where_values(tenant_id, conditions))
         ids = list(found.scalars())
-        await terms.forget_documents(connection, tenant_id, ids)
-        await connection.execute(REMOVE, {"tenant_id": tenant_id, "ids": ids})
+        await _take(connection, tenant_id, ids)
         return len(ids)
+
+
+async def _take(connection: AsyncConnection, tenant_id: str, ids: list[str]) -> Removed:
+    """Remove everything that came of these documents, whose rows are locked, before the documents themselves."""
+    values = {"tenant_id": tenant_id, "ids": ids}
+    transaction = (await connection.execute(TRANSACTION)).scalar_one()
+    rows = {}
+    for held in await holdings.made_at_run_time(connection):
+        if held.by_id:
+            rows[held.table.name] = (await connection.execute(_of(held.table), values)).rowcount
+    rows["document_terms"] = (await connection.execute(COUNT_TERMS, values)).scalar_one()
+    await terms.forget_documents(connection, tenant_id, ids)
+    digests = await cache.erase(connection, tenant_id, ids)
+    rows["embedding_cache"] = len(digests)
+    for removal, table in ((REMOVE_CHUNKS, documents), (REMOVE, sources)):
+        rows[table.name] = (await connection.execute(removal, values)).rowcount
+    return Removed(rows, digests, transaction)

@@ -7,6 +7,7 @@ PgrecallError
 ├── VersionConflict       If-Match or If-None-Match does not allow what is stored
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
+│   ├── StorageFull       the database's disk is full
 │   └── PoolExhausted
 ├── TimedOut              the statement ran into its time limit
 ├── BudgetSpent           the tokens that embedding was allowed are spent
@@ -69,6 +70,13 @@ class Unavailable(PgrecallError):
 
 class DatabaseUnavailable(Unavailable):
     """The database cannot be reached."""
+
+
+class StorageFull(Unavailable):
+    """The database's disk is full."""
+
+    def __init__(self, message: str = "", retry_after: int = 60) -> None:
+        super().__init__(message, retry_after)
 
 
 class PoolExhausted(Unavailable):

@@ -107,5 +107,10 @@ def note(database: Database, values: Mapping[str, Any], shape: Hashable, *, larg
     _facts(database).put(_key(values, shape), large)
 
 
+def forget(database: Database) -> None:
+    """Forget all that is known of a database: the conditions of searches may name what was erased."""
+    _known.pop(database, None)
+
+
 def _key(values: Mapping[str, Any], shape: Hashable) -> Hashable:
     return shape, msgspec.json.encode(values, order="sorted")

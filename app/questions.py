@@ -1,5 +1,6 @@
 """The vectors of questions. Those asked lately are remembered in this process, so a hot question skips the embedder."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +16,9 @@ from app.errors import BadInput, EmbeddingFailed
 REMEMBERED = 2_000
 """Questions kept for each embedder, the longest unused go first: 12 MB at 1,536 dimensions."""
 
+KEPT = 900.0
+"""Seconds after its last use for which a question is remembered: an erased tenant's in other processes, too."""
+
 Vector = npt.NDArray[np.float32]
 
 
@@ -25,7 +29,40 @@ class Embedded(NamedTuple):
     remembered: bool
 
 
-_known: WeakKeyDictionary[Embedder, OrderedDict[tuple[str, str], Vector]] = WeakKeyDictionary()
+class _Memory:
+    """The vectors of one embedder by tenant and text, those used last at the end."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], tuple[float, Vector]] = OrderedDict()
+
+    def get(self, key: tuple[str, str]) -> Vector | None:
+        used, vector = self._kept.get(key, (float("-inf"), None))
+        if vector is None or time.monotonic() - used > KEPT:
+            return None
+        self.put(key, vector)
+        return vector
+
+    def put(self, key: tuple[str, str], vector: Vector) -> None:
+        self._kept[key] = (time.monotonic(), vector)
+        self._kept.move_to_end(key)
+
+    def trim(self) -> None:
+        oldest = time.monotonic() - KEPT
+        while self._kept and (len(self._kept) > REMEMBERED or next(iter(self._kept.values()))[0] < oldest):
+            self._kept.popitem(last=False)
+
+    def forget(self, tenant_id: str) -> None:
+        for key in [key for key in self._kept if key[0] == tenant_id]:
+            del self._kept[key]
+
+
+_known: WeakKeyDictionary[Embedder, _Memory] = WeakKeyDictionary()
+
+
+def forget(tenant_id: str) -> None:
+    """Forget what a tenant asked, in this process."""
+    for memory in _known.values():
+        memory.forget(tenant_id)
 
 
 async def vector(embedder: Embedder, text: str, field: str = "query") -> Vector:
@@ -47,21 +84,19 @@ async def embed(
         check_text(field, text, 1, MAX_QUERY_BYTES)
         if not text.strip():
             raise BadInput(field, "is white space only; allowed: a text")
-    memory = OrderedDict[tuple[str, str], Vector]() if tenant_id is None else _known.setdefault(embedder, OrderedDict())
+    memory = _Memory() if tenant_id is None else _known.setdefault(embedder, _Memory())
     keys = [(tenant_id or "", text) for text in texts]
-    remembered = {key: memory[key] for key in keys if key in memory}
-    for key in remembered:
-        memory.move_to_end(key)
+    remembered = {key: kept for key in keys if (kept := memory.get(key)) is not None}
     missing = [index for index, key in enumerate(keys) if key not in remembered]
     fresh: dict[tuple[str, str], Vector] = {}
     if missing:
         computed = await _computed(embedder, [texts[i] for i in missing], [fields[i] for i in missing])
         fresh = dict(zip((keys[index] for index in missing), computed, strict=True))
-        memory.update(fresh)
+        for key, computed_vector in fresh.items():
+            memory.put(key, computed_vector)
     known = remembered | fresh
     found = [Embedded(known[key], key in remembered) for key in keys]
-    while len(memory) > REMEMBERED:
-        memory.popitem(last=False)
+    memory.trim()
     return found
 
 

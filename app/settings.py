@@ -85,6 +85,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     exact_rows: Annotated[int, Meta(ge=100, le=10_000_000)] | None = None
     ef_search: Annotated[int, Meta(ge=10, le=1000)] = 250
     statement_timeout: Annotated[float, Meta(gt=0, le=3600)] = 10.0
+    erasure_timeout: Annotated[float, Meta(gt=0, le=86_400)] = 3600.0
     pool_size: Annotated[int, Meta(ge=1, le=1000)] = 10
     pool_timeout: Annotated[float, Meta(gt=0, le=300)] = 5.0
     prepared_statements: bool = True

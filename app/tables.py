@@ -388,11 +388,22 @@ embedding_cache = Table(
     Column("content_sha256", LargeBinary, nullable=False, comment="SHA-256 of the text in UTF-8."),
     Column("embedding", Vector(), nullable=False, comment="The vector."),
     _moment("created_at", comment="When it was computed; the oldest go first."),
+    Column(
+        "left_by",
+        Text(collation="C"),
+        comment="Id of the document that had this text last and has it no more; its deletion takes the vector along.",
+    ),
     PrimaryKeyConstraint("tenant_id", "model", "dimensions", "input_type", "content_sha256"),
     CheckConstraint("input_type in ('document', 'query')", name="input_type"),
     comment="Vectors already computed, so that the same text is not paid for twice. May be emptied at any time.",
 )
 Index("embedding_cache_age_idx", embedding_cache.c.tenant_id, embedding_cache.c.created_at)
+Index(
+    "embedding_cache_left_by_idx",
+    embedding_cache.c.tenant_id,
+    embedding_cache.c.left_by,
+    postgresql_where=text("left_by is not null"),
+)
 
 embedding_claims = Table(
     "embedding_claims",
@@ -422,6 +433,19 @@ analyst_tenants = Table(
     PrimaryKeyConstraint("analyst", "tenant_id"),
     comment="Which tenants' rows a login with the role pgrecall_analyst may read. Filled by the owner.",
 )
+
+RUN_PREFIX = "pgrecall_run_"
+"""What the names of tables begin with that an operation makes at run time, such as a change of the model."""
+
+GRANTS = analyst_tenants
+"""Names tenants and holds nothing of theirs: an erasure leaves it to the owner."""
+
+
+def bearing() -> list[Table]:
+    """Every table here that holds tenants' rows, those first that refer to others."""
+    held = [table for table in metadata.sorted_tables if "tenant_id" in table.c and table is not GRANTS]
+    return held[::-1]
+
 
 views = MetaData()
 """The tenant views: the only way the service reads. Their filter on the tenant cannot be forgotten."""

@@ -458,6 +458,7 @@ async def _write(
     gone = [(row["document_id"], key) for row in rows.removed for key in row["keys"]]
     if gone:
         await terms.forget(connection, tenant_id, gone)
+        await cache.leave(connection, rows.removed)
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),

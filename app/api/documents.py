@@ -13,8 +13,9 @@ from litestar.openapi.spec import Example
 from litestar.params import Body, HeaderParameter, PathParameter, QueryParameter
 from msgspec import Meta, Struct
 
-from app import documents, tenants, upsert
+from app import documents, erasure, tenants, upsert
 from app.api import operations, problems
+from app.api.erasure import Erasure, example, told
 from app.api.paths import decoded
 from app.api.preconditions import Precondition, quoted
 from app.api.search import TenantId, conditions
@@ -379,16 +380,19 @@ async def list_documents(
     operation_id="delete_document",
     summary="Delete one document",
     tags=["documents"],
-    status_code=204,
+    status_code=200,
     operation_class=operations.Described,
-    responses=problems.documented(HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED),
+    responses=problems.documented(HTTPStatus.NOT_FOUND, HTTPStatus.PRECONDITION_FAILED)
+    | {200: ResponseSpec(Erasure, description="Deleted", examples=[Example("deleted", value=example("faq/password"))])},
 )
 async def delete_document(
     service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery, if_match: IfMatch = None
-) -> None:
-    """Text, chunks and vectors go in one transaction."""
-    await documents.remove(
-        service.database, tenants.check(tenant_id), decoded(document_id), expected=Precondition(if_match)
+) -> Erasure:
+    """Text, chunks, vectors, words and cache go in one transaction; another looks whether they are gone."""
+    expected = Precondition(if_match)
+    tenants.check(tenant_id)
+    return told(
+        await erasure.document(service.database, service.settings, tenant_id, decoded(document_id), expected=expected)
     )
 
 

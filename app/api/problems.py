@@ -25,6 +25,7 @@ STATUS: Mapping[type[errors.PgrecallError], HTTPStatus] = {
     errors.NotFound: HTTPStatus.NOT_FOUND,
     errors.VersionConflict: HTTPStatus.PRECONDITION_FAILED,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.TimedOut: HTTPStatus.GATEWAY_TIMEOUT,
     errors.UpstreamFailed: HTTPStatus.BAD_GATEWAY,
     errors.SetupError: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -152,6 +153,7 @@ _EXAMPLES: Mapping[HTTPStatus, Problem] = {
         (HTTPStatus.BAD_GATEWAY, errors.EmbeddingFailed()),
         (HTTPStatus.SERVICE_UNAVAILABLE, errors.PoolExhausted()),
         (HTTPStatus.GATEWAY_TIMEOUT, errors.TimedOut()),
+        (HTTPStatus.INSUFFICIENT_STORAGE, errors.StorageFull()),
     )
 } | {
     status: Problem(_phrase(status), status.phrase, status, detail)
@@ -165,7 +167,6 @@ _EXAMPLES: Mapping[HTTPStatus, Problem] = {
 
 BODY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
 """Of routes that take a body."""
-
 _ANY = (
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -173,6 +174,7 @@ _ANY = (
     HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
+    HTTPStatus.INSUFFICIENT_STORAGE,
 )
 
 

@@ -77,7 +77,7 @@ async def test_ids_of_any_kind_work_on_every_route(client, document_id):
     assert [d["id"] for d in listed["documents"]] == [document_id]
     found = await client.post("/search", json={"tenant_id": "acme", "query": "password"})
     assert [hit["id"] for hit in found.json()["results"]] == [document_id]
-    assert (await client.delete(path, params={"tenant_id": "acme"})).status_code == 204
+    assert (await client.delete(path, params={"tenant_id": "acme"})).status_code == 200
     assert_problem(await client.get(path, params={"tenant_id": "acme"}), 404)
 
 
@@ -233,7 +233,7 @@ async def test_if_match_guards_put_and_delete(client):
     assert (await write("three", f'"x", , {second}')).json()["version"] == 3
     assert (await write("four", "*")).json()["version"] == 4
     fourth = (await client.get(PATH, params=TENANT)).headers["etag"]
-    assert (await client.delete(PATH, params=TENANT, headers={"If-Match": fourth})).status_code == 204
+    assert (await client.delete(PATH, params=TENANT, headers={"If-Match": fourth})).status_code == 200
 
 
 async def test_an_etag_does_not_outlive_its_document(client):
@@ -338,3 +338,25 @@ async def test_one_tenant_never_sees_the_others_document(client):
     ].replace("nobody", "x")
     assert_problem(await client.delete("/documents/faq%2F1", params={"tenant_id": "umbra"}), 404)
     assert (await client.post("/search", json={"tenant_id": "umbra", "query": "password"})).json()["results"] == []
+
+
+async def test_a_deletion_says_what_went_that_it_is_gone_and_what_is_left_where(client):
+    await client.put(PATH, json=TENANT | {"content": "Otters eat fish.", "metadata": {}})
+    told = (await client.delete(PATH, params=TENANT)).json()
+    assert (told["complete"], told["put_since"], set(told["readable"].values())) == (True, 0, {0})
+    assert told["removed"] == {"document_terms": 1, "embedding_cache": 1, "documents": 1, "sources": 1}
+    assert any("VACUUM" in each["finish"] for each in told["remains"])
+    assert any("backups" in each["where"] for each in told["remains"])
+
+
+async def test_a_tenant_is_erased_and_may_be_erased_again(client):
+    for name in ("a", "b"):
+        await client.put(f"/documents/{name}", json=TENANT | {"content": f"The {name} of otters."})
+    told = (await client.delete("/tenants/acme")).json()
+    assert (told["tenant_id"], told["id"], told["complete"]) == ("acme", None, True)
+    assert told["removed"]["sources"] == told["removed"]["embedding_cache"] == 2
+    assert told["removed"]["term_statistics"] > 0
+    assert (await client.get("/documents", params=TENANT)).json()["documents"] == []
+    again = (await client.delete("/tenants/acme")).json()
+    assert (again["complete"], set(again["removed"].values())) == (True, {0})
+    assert_problem(await client.delete("/tenants/a%20b"), 400, field="tenant_id")

@@ -1,6 +1,7 @@
 """The command line on an embedded database of its own, with the local model."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -112,8 +113,8 @@ def test_unreadable_files_and_lines_are_reported_and_the_rest_goes_on(run, tmp_p
 def test_migrate_says_whether_there_was_anything_to_do(run):
     status, out, _ = run("migrate", "--json")
     assert status == 0
-    assert json.loads(out)["revision"] == "0005"
-    assert json.loads(run("migrate", "--json")[1]) == {"revision": "0005", "migrated": False}
+    assert json.loads(out)["revision"] == "0006"
+    assert json.loads(run("migrate", "--json")[1]) == {"revision": "0006", "migrated": False}
 
 
 def test_roles_prints_sql_that_can_be_run_again(run, cluster):
@@ -296,5 +297,31 @@ def test_several_processes_from_nothing_share_one_server(tmp_path):
     ]
     results = [process.communicate(timeout=60) for process in several]
     assert [process.returncode for process in several] == [0, 0, 0], results
-    assert all(json.loads(out)["revision"] == "0005" for out, _ in results)
+    assert all(json.loads(out)["revision"] == "0006" for out, _ in results)
     assert postmaster(tmp_path / "pg") is None
+
+
+def test_erase_asks_first_and_says_what_went_and_what_is_left_where(run, folder, monkeypatch):
+    run("ingest", folder / "docs", "--tenant", "leaving")
+    status, _, err = run("erase", "--tenant", "leaving")
+    assert status == 2
+    assert "--yes" in err
+    assert "2 documents" in err
+    for typed, expected in (("another", 2), ("leaving", 0)):
+        monkeypatch.setattr(sys, "stdin", Terminal(typed))
+        status, out, err = run("erase", "--tenant", "leaving", "--id", "otters.md")
+        assert status == expected
+    assert "erased, nothing of it can be read any more" in out
+    status, out, _ = run("erase", "--tenant", "leaving", "--yes", "--vacuum", "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert (report["complete"], report["removed"]["sources"], report["removed"]["documents"]) == (True, 1, 1)
+    assert report["vacuum_seconds"] > 0
+    assert report["remains"]
+    assert not any(t["tenant_id"] == "leaving" for t in json.loads(run("status", "--json")[1])["tenants"])
+    assert run("erase", "--tenant", "leaving", "--id", "otters.md", "--yes")[0] == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True

@@ -174,7 +174,7 @@ def check(shell, text):
     assert ran
 
 
-@pytest.mark.parametrize("page", ["api", "filters", "settings"])
+@pytest.mark.parametrize("page", ["api", "filters", "ingest", "settings"])
 def test_the_commands_of_a_page_give_what_it_shows(shell, root, page):
     check(shell, (root / f"docs/{page}.md").read_text())
 
@@ -253,10 +253,10 @@ def test_every_route_is_on_the_page_about_the_api(root):
     for command, _ in commands((root / "docs/api.md").read_text()):
         if found := re.search(rf"{ADDRESS}([^?' ]*)", command):
             method = re.search(r"-X (\w+)", command)
-            path = re.sub(r"^(/documents/).*", r"\1", found[1])
+            path = re.sub(r"^(/documents/|/tenants/).*", r"\1", found[1])
             shown.add((method[1] if method else "POST" if " -d '{" in command else "GET", path))
     assert routes <= shown
-    assert len(routes) == 11
+    assert len(routes) == 12
 
 
 def test_the_sql_of_the_documentation_runs_as_the_analyst(shell, root):

@@ -1,0 +1,60 @@
+"""`pgrecall erase`: asks, erases, vacuums where that is wanted, and prints what went and what is left where."""
+
+import asyncio
+import sys
+from argparse import Namespace
+
+from app import commands, erasure, schema, tenants, terminal
+from app.erasure import Erased
+from app.errors import BadInput
+from app.settings import Settings
+
+
+def erase(arguments: Namespace, config: Settings) -> int:
+    """Erase a tenant or one of its documents. 1 where something could still be read afterwards."""
+    tenants.check(arguments.tenant, "--tenant")
+    with schema.provided(config) as ready:
+        erased = asyncio.run(_erase(arguments, ready))
+        vacuumed = None
+        if arguments.vacuum:
+            with schema.migration_url(ready) as url:
+                vacuumed = erasure.vacuum(url)
+    remains = erasure.remains(erased.tenant_id, erased.id)
+    if arguments.json:
+        terminal.json(erased._asdict() | {"vacuum_seconds": vacuumed, "remains": [each._asdict() for each in remains]})
+        return 0 if erased.complete else 1
+    terminal.table(
+        f"{'document ' + erased.id + ' of ' if erased.id else ''}tenant {erased.tenant_id}: "
+        + ("erased, nothing of it can be read any more" if erased.complete else "NOT ALL IS GONE"),
+        [("table", "left"), ("rows removed", "right"), ("still readable", "right")],
+        [(name, f"{count:,}", erased.readable.get(name, 0)) for name, count in erased.removed.items()],
+    )
+    if erased.put_since:
+        terminal.say(f"{erased.put_since} documents were put since, which stay")
+    if vacuumed is not None:
+        terminal.say(f"vacuumed in {vacuumed:.1f} s")
+    terminal.table(
+        "what is left where nobody can read it",
+        [("where", "left"), ("until", "left"), ("to finish", "left")],
+        [tuple(each) for each in (remains[1:] if vacuumed is not None else remains)],
+    )
+    return 0 if erased.complete else 1
+
+
+async def _erase(arguments: Namespace, config: Settings) -> Erased:
+    async with commands.opened(config) as (database, _):
+        if not arguments.yes:
+            _confirm(arguments.tenant, await erasure.extent(database, arguments.tenant, arguments.id))
+        if arguments.id is not None:
+            return await erasure.document(database, config, arguments.tenant, arguments.id)
+        return await erasure.tenant(database, config, arguments.tenant)
+
+
+def _confirm(tenant_id: str, count: int) -> None:
+    """Raise BadInput unless somebody types the tenant's name."""
+    if not sys.stdin.isatty():
+        raise BadInput("--yes", f"is missing: {count:,} documents of tenant {tenant_id} would be erased for good")
+    terminal.say(f"{count:,} documents of tenant {tenant_id} and all that came of them will be gone for good.")
+    terminal.say("Type the tenant's name to erase:")
+    if input().strip() != tenant_id:
+        raise BadInput("--tenant", "that was another name; nothing was erased")

@@ -30,6 +30,7 @@ import asyncio, dataclasses, json, sys
 import msgspec
 from app import cache, claims
 from app.database import Database
+from app.embedding import open_embedder
 from app.meter import Meter
 from app.settings import Settings
 

@@ -45,9 +45,9 @@ clean: ## remove .venv and the embedded database
 	@touch $@
 
 .venv/installed: .venv/python pyproject.toml constraints.txt
-	@$(PIP) install --constraint constraints.txt --editable '.[local]'
+	@$(PIP) install --constraint constraints.txt --editable '.[local,files]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(PIP) install --constraint constraints.txt --editable '.[local,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[local,files,dev]'
 	@touch $@

@@ -14,7 +14,7 @@ if os.getpid() == 1:
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import __version__, commands, demo, erasing, floors, scorecard, settings, telemetry, terminal
+from app import __version__, commands, demo, erasing, floors, formats, ingest, scorecard, settings, telemetry, terminal
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
@@ -82,18 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "--login", help="login that may become the service's roles (default: the one in DATABASE_URL)"
     )
     made_roles.add_argument("--url", help="an administrator's URL, with --apply")
-    ingested = command(
-        "ingest",
-        commands.ingest,
-        "Store text, Markdown and JSONL files and folders as documents.",
-        "pgrecall ingest docs/ --tenant acme",
-        'pgrecall ingest faq.jsonl --tenant acme --doc-type faq --metadata \'{"lang": "en"}\'',
-    )
-    ingested.add_argument("path", nargs="+", type=Path, help="file or folder; ids are paths below the folder")
-    ingested.add_argument("--tenant", required=True, help="whose documents they become")
-    ingested.add_argument("--doc-type", help="type of the documents that name none")
-    ingested.add_argument("--metadata", help="JSON object for every document")
-    _json(ingested)
+    _ingesting(command)
     for name, run, summary in (
         ("search", commands.find, "Find the chunks most similar to a question."),
         ("ask", commands.ask, "Answer a question from the documents, citing them."),
@@ -154,6 +143,56 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     return made
+
+
+def _ingesting(command: Callable[..., argparse.ArgumentParser]) -> None:
+    added = command(
+        "ingest",
+        ingest.ingest,
+        "Store files, folders or standard input as documents: text, Markdown, HTML, PDF, CSV, TSV, JSONL.",
+        "pgrecall ingest docs/ --tenant acme",
+        "pgrecall ingest docs/ --tenant acme --as handbook --delete-missing --dry-run",
+        'pgrecall ingest faq.jsonl --tenant acme --doc-type faq --metadata \'{"lang": "en"}\'',
+        "pgrecall ingest faq.csv --tenant acme --field id=key --field content=question --field content=answer",
+        "zcat dump.jsonl.gz | pgrecall ingest - --format jsonl --tenant acme --prefix dump/",
+    )
+    added.add_argument(
+        "path", nargs="+", type=Path, help="file, folder, or - for standard input; ids are paths below the folder"
+    )
+    added.add_argument("--tenant", required=True, help="whose documents they become")
+    added.add_argument("--doc-type", help="type of the documents that name none")
+    added.add_argument("--metadata", help="JSON object for every document")
+    added.add_argument("--prefix", default="", help="put before each id, such as handbook/")
+    added.add_argument(
+        "--date-from", choices=["mtime", "none"], default="none", help="date of the files that name none (none: now)"
+    )
+    added.add_argument("--format", choices=formats.FORMATS, help="what the files are, whatever their names say")
+    added.add_argument("--encoding", help="of text that is not UTF-8 (guessed)")
+    added.add_argument(
+        "--separator", metavar="C", help="between the cells of CSV, such as ; or tab (by the first line)"
+    )
+    added.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="TARGET=FIELD",
+        help="which field of CSV or JSONL becomes id, content, title, doc_type, created_at, embedding, metadata or "
+        "metadata.KEY; may be repeated, content is then joined",
+    )
+    added.add_argument(
+        "--other-fields", choices=["refuse", "ignore", "metadata"], default="refuse", help="fields not named (refuse)"
+    )
+    added.add_argument("--as", dest="load_name", metavar="NAME", help="remember, as metadata, what they came with")
+    added.add_argument(
+        "--delete-missing", action="store_true", help="delete what came with --as NAME before and is gone now"
+    )
+    added.add_argument("--force", action="store_true", help="delete it even where that may be a mistake")
+    added.add_argument("--dry-run", action="store_true", help="write nothing, say what would change and be embedded")
+    added.add_argument(
+        "--max-tokens", type=_whole(0, 10**12), metavar="N", help="stop before more tokens than this are embedded"
+    )
+    added.add_argument("--price", type=float, metavar="P", help="of a million tokens (PGRECALL_EMBEDDING_PRICE)")
+    _json(added)
 
 
 def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:

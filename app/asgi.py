@@ -20,7 +20,7 @@ from litestar.static_files import create_static_files_router
 
 from app import __version__, chat, embedding, rerank, telemetry
 from app import settings as environment
-from app.api import documents, erasure, health, problems, rag, search
+from app.api import documents, erasure, health, problems, rag, search, stream
 from app.api.body import BodyGuard, StrictRequest
 from app.api.methods import Heads
 from app.api.paths import RawIds
@@ -51,6 +51,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         rag.answer_question,
         documents.put_document,
         documents.put_documents,
+        stream.stream_documents,
         documents.get_document,
         documents.list_documents,
         documents.delete_document,

@@ -6,7 +6,7 @@ import ipaddress
 import json
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from psycopg.rows import dict_row
 from app import (
     chat,
     embedding,
-    files,
     filters,
     indexes,
     local,
@@ -32,19 +31,13 @@ from app import (
     settings,
     tenants,
     terminal,
-    upsert,
 )
 from app.conditions import Conditions
 from app.database import Database, connect
-from app.drafts import Draft, check
 from app.embedding import Embedder
 from app.errors import BadInput, SetupError, WrongSetting
-from app.files import Unreadable
 from app.search import Found
 from app.settings import Settings
-
-BATCH_CHARACTERS = 20_000
-BATCH_DOCUMENTS = 200
 
 STATUS = """
 select tenant_id, count(*) as documents, sum(cardinality(chunk_keys)) as chunks,
@@ -141,80 +134,6 @@ def apply_roles(arguments: Namespace, config: Settings) -> int:
     return 0
 
 
-def ingest(arguments: Namespace, config: Settings) -> int:
-    """Store files, folders and JSONL as documents of a tenant."""
-    tenants.check(arguments.tenant, "--tenant")
-    metadata = _json_object(arguments.metadata, "--metadata")
-    listed = files.paths(arguments.path)
-    read = list(files.drafts(listed, doc_type=arguments.doc_type, metadata=metadata))
-    unreadable = [item for item in read if isinstance(item, Unreadable)]
-    found = [item for item in read if isinstance(item, Draft)]
-    with schema.provided(config) as ready:
-        counts = asyncio.run(_store(ready, arguments.tenant, found, unreadable))
-    for item in unreadable:
-        terminal.say(f"skipped {item.path}: {item.fault}")
-    if arguments.json:
-        terminal.json(counts | {"skipped": [msgspec.structs.asdict(item) for item in unreadable]})
-    else:
-        terminal.say(summary(counts))
-    return 1 if unreadable else 0
-
-
-def summary(counts: dict[str, int]) -> str:
-    """What an ingest did, in a sentence."""
-    return (
-        f"{counts['created']} created, {counts['updated']} updated, {counts['unchanged']} unchanged; "
-        f"chunks: {counts['embedded']} embedded, {counts['reused']} reused, {counts['removed']} removed"
-    )
-
-
-async def _store(config: Settings, tenant_id: str, found: list[Draft], refused: list[Unreadable]) -> dict[str, int]:
-    async with opened(config) as (database, embedder):
-        return await store(database, embedder, config, tenant_id, found, refused)
-
-
-async def store(
-    database: Database,
-    embedder: Embedder,
-    config: Settings,
-    tenant_id: str,
-    found: Sequence[Draft],
-    refused: list[Unreadable],
-) -> dict[str, int]:
-    """Put the drafts in batches with a progress bar; a draft over the limits is added to `refused`, the rest goes on."""
-    counts = dict.fromkeys(("created", "updated", "unchanged", "embedded", "reused", "removed"), 0)
-    with terminal.progress("characters") as bar:
-        task = bar.add_task(f"ingest {len(found)} documents", total=sum(len(draft.content) for draft in found))
-        for batch in batches(found):
-            fitting = []
-            for draft in batch:
-                try:
-                    check(draft, embedder.dimensions)
-                    fitting.append(draft)
-                except BadInput as fault:
-                    refused.append(Unreadable(draft.id, str(fault)))
-            for outcome in await upsert.put(database, embedder, config, tenant_id, fitting) if fitting else ():
-                counts[outcome.status] += 1
-                for name in ("embedded", "reused", "removed"):
-                    counts[name] += getattr(outcome, name)
-            bar.advance(task, sum(len(draft.content) for draft in batch))
-    return counts
-
-
-def batches(found: Sequence[Draft]) -> Iterator[list[Draft]]:
-    """Runs of drafts of about the same amount of text, no id twice in one."""
-    batch: dict[str, Draft] = {}
-    size = 0
-    for draft in found:
-        if batch and (draft.id in batch or size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS):
-            yield list(batch.values())
-            batch, size = {}, 0
-        batch[draft.id] = draft
-        size += len(draft.content)
-    if batch:
-        yield list(batch.values())
-
-
 def find(arguments: Namespace, config: Settings) -> int:
     """Search and print the hits."""
     with schema.provided(config) as ready:
@@ -236,7 +155,7 @@ async def asked(database: Database, embedder: Embedder, config: Settings, argume
     tenants.check(arguments.tenant, "--tenant")
     conditions = Conditions(
         doc_types=tuple(arguments.doc_type) if arguments.doc_type else None,
-        metadata=filters.parse(_json_object(arguments.metadata, "--metadata"), "--metadata"),
+        metadata=filters.parse(json_object(arguments.metadata, "--metadata"), "--metadata"),
     )
     mode: search.Mode = arguments.mode
     vector = None
@@ -399,7 +318,8 @@ def stored(config: Settings) -> list[dict[str, Any]]:
         return connection.cursor(row_factory=dict_row).execute(STATUS).fetchall()
 
 
-def _json_object(text: str | None, option: str) -> dict[str, Any]:
+def json_object(text: str | None, option: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object. Raises BadInput naming the option."""
     if text is None:
         return {}
     try:

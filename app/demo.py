@@ -6,7 +6,7 @@ import pydoc_data.topics
 import time
 from argparse import Namespace
 
-from app import chat, commands, questions, rag, schema, search, terminal
+from app import chat, commands, ingest, questions, rag, schema, search, terminal
 from app.drafts import Draft
 from app.settings import Settings
 
@@ -48,8 +48,8 @@ async def _show(config: Settings) -> None:
     chat_model = chat.open_chat(config)
     try:
         async with commands.opened(config) as (database, embedder):
-            counts = await commands.store(database, embedder, config, TENANT, drafts(), [])
-            terminal.say(f"ingested: {commands.summary(counts)}")
+            counts = await ingest.store(database, embedder, config, TENANT, drafts())
+            terminal.say(f"ingested: {ingest.summary(counts)}")
             for question in SEARCHES:
                 vector = await questions.vector(embedder, question)
                 found = await search.search(database, config, TENANT, vector, top_k=3)

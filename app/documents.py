@@ -143,7 +143,7 @@ async def remove(
             raise VersionConflict(
                 f"version {stored.version} of this document is stored now, which the condition does not allow"
             )
-        return await _take(connection, tenant_id, [document_id])
+        return await take(connection, tenant_id, [document_id])
 
 
 async def remove_matching(database: Database, tenant_id: str, conditions: Conditions) -> int:
@@ -153,12 +153,12 @@ async def remove_matching(database: Database, tenant_id: str, conditions: Condit
     async with database.write(tenant_id) as connection:
         found = await connection.execute(matching(conditions), where_values(tenant_id, conditions))
         ids = list(found.scalars())
-        await _take(connection, tenant_id, ids)
+        await take(connection, tenant_id, ids)
         return len(ids)
 
 
-async def _take(connection: AsyncConnection, tenant_id: str, ids: list[str]) -> Removed:
-    """Remove everything that came of these documents, whose rows are locked, before the documents themselves."""
+async def take(connection: AsyncConnection, tenant_id: str, ids: list[str]) -> Removed:
+    """Remove these documents, whose rows are locked, and before them everything that came of them."""
     values = {"tenant_id": tenant_id, "ids": ids}
     transaction = (await connection.execute(TRANSACTION)).scalar_one()
     rows = {}

@@ -1,95 +1,228 @@
-"""Files and folders as documents: text, Markdown and JSONL."""
+"""Files and folders as documents, one after the other: a folder of a million files is walked, never listed whole."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from datetime import datetime
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import msgspec
 from msgspec import Struct
 
+from app import formats, records
 from app.drafts import Draft
 from app.errors import BadInput
+from app.formats import Damaged, Page
+from app.records import Mapped
 
-TEXT = frozenset({".txt", ".md", ".markdown", ".rst"})
-JSONL = frozenset({".jsonl", ".ndjson"})
+MAX_FILE = 256_000_000
+"""Bytes of a file that is one document; what is in it may be 10 MB of text."""
 
-
-class Line(Struct, forbid_unknown_fields=True, kw_only=True):
-    """One line of a JSONL file."""
-
-    id: str
-    content: str
-    title: str | None = None
-    doc_type: str | None = None
-    metadata: dict[str, Any] = {}
-    created_at: datetime | None = None
-    embedding: list[float] | None = None
+STDIN = Path("-")
 
 
 class Unreadable(Struct):
-    """A file, or a line of one, that is no document, and why."""
+    """A file, or a record of one, that is no document, and why. `id`: the document it would have been, where known."""
 
     path: str
     fault: str
+    id: str | None = None
 
 
-def paths(given: Iterable[Path]) -> list[tuple[Path, str]]:
-    """Every file to read, with the id its document gets: its path below the folder it was found in, else its name.
+class Noted(Struct):
+    """Something about a file that a person should know."""
 
-    Raises BadInput for a path that does not exist or is a file of another kind.
-    """
-    found: dict[str, Path] = {}
+    path: str
+    note: str
+
+
+class Step(NamedTuple):
+    """The next document, or what stands in its place; and how many bytes of its file are behind it."""
+
+    item: Draft | Unreadable | Noted
+    size: int
+
+
+class File(NamedTuple):
+    """A file with the id its document gets; `folder` is what it was found in."""
+
+    path: Path
+    id: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become documents. `doc_type` and `metadata` go to every document that says nothing of its own about them."""
+
+    doc_type: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    marks: Mapping[str, Any] = field(default_factory=dict)
+    """Metadata that no document overrules."""
+    prefix: str = ""
+    format: str | None = None
+    encoding: str | None = None
+    separator: str | None = None
+    date_from: Literal["mtime", "none"] = "none"
+    mapped: Mapped = field(default_factory=Mapped)
+
+
+def check(given: Sequence[Path], reading: Reading) -> None:
+    """Raise BadInput for a path that does not exist or is a file of another kind."""
     for path in given:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT | JSONL and p.is_file())
-            named = [(p, p.relative_to(path).as_posix()) for p in inside if not _hidden(p.relative_to(path))]
+        if path == STDIN:
+            if reading.format is None:
+                raise BadInput("-", f"standard input needs --format; allowed: {', '.join(formats.FORMATS)}")
+            if reading.format not in formats.RECORDS and not reading.prefix:
+                raise BadInput("-", "one document from standard input needs its id, as --prefix")
         elif not path.exists():
             raise BadInput(str(path), "does not exist")
-        elif path.suffix.lower() not in TEXT | JSONL:
-            raise BadInput(str(path), f"is of a kind that is not read; allowed: {', '.join(sorted(TEXT | JSONL))}")
-        else:
-            named = [(path, path.name)]
-        for file, identity in named:
-            if found.setdefault(identity, file) != file:
-                raise BadInput(str(file), f"would have the same id as {found[identity]}: {identity!r}")
-    return [(file, identity) for identity, file in found.items()]
+        elif path.is_file() and reading.format is None and path.suffix.lower() not in formats.SUFFIXES:
+            kinds = ", ".join(formats.SUFFIXES)
+            raise BadInput(str(path), f"is of a kind that is not read; allowed: {kinds}, or any with --format")
+    if given.count(STDIN) > 1:
+        raise BadInput("-", "is given twice")
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def walk(given: Sequence[Path], reading: Reading) -> Iterator[File | Unreadable]:
+    """Every file to read: its id is its path below the folder it was found in, else its name.
 
-
-def drafts(
-    files: Iterable[tuple[Path, str]], *, doc_type: str | None = None, metadata: dict[str, Any] | None = None
-) -> Iterator[Draft | Unreadable]:
-    """A draft for each text file and for each line of a JSONL file; what cannot be read comes as Unreadable.
-
-    `doc_type` and `metadata` go to every document that says nothing of its own about them.
+    Files and folders whose name begins with a dot are left out, and so are symbolic links to folders, which may go round
+    in circles. A file whose id an earlier path has given away comes as Unreadable.
     """
-    for path, identity in files:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            yield Unreadable(str(path), error.strerror or str(error))
-            continue
-        except UnicodeDecodeError as error:
-            yield Unreadable(str(path), f"is not UTF-8 at byte {error.start}")
-            continue
-        for draft in _lines(path, text) if path.suffix.lower() in JSONL else [Draft(identity, text)]:
-            if isinstance(draft, Draft):
-                yield replace(
-                    draft, doc_type=draft.doc_type or doc_type, metadata={**(metadata or {}), **draft.metadata}
-                )
+    for position, path in enumerate(given):
+        found = _below(path, reading) if path.is_dir() else [path]
+        for each in found:
+            if isinstance(each, Unreadable):
+                yield each
+                continue
+            identity = each.relative_to(path).as_posix() if each != path else path.name
+            twin = next((one for one in given[:position] if _names(one, identity, reading)), None)
+            if twin is not None:
+                yield Unreadable(str(each), f"would have the same id as a file of {twin}: {identity!r}")
             else:
-                yield draft
+                yield File(each, reading.prefix + identity)
 
 
-def _lines(path: Path, text: str) -> Iterator[Draft | Unreadable]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+def _names(given: Path, identity: str, reading: Reading) -> bool:
+    """Whether the file or folder given earlier has a document of this id."""
+    if not given.is_dir():
+        return given.name == identity
+    return (given / identity).is_file() and _read(Path(identity).name, reading)
+
+
+def _below(folder: Path, reading: Reading) -> Iterator[Path | Unreadable]:
+    """The readable files in a folder and below, in the order of their names."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    except OSError as error:
+        yield Unreadable(str(folder), error.strerror or str(error))
+        return
+    for name, is_folder in names:
+        if name.startswith("."):
+            continue
+        path = folder / name
+        if is_folder:
+            yield from _below(path, reading)
+        elif _read(name, reading) and path.is_file():
+            yield path
+
+
+def _read(name: str, reading: Reading) -> bool:
+    return reading.format is not None or os.path.splitext(name)[1].lower() in formats.SUFFIXES  # noqa: PTH122  a path object costs more than the file
+
+
+def total(given: Sequence[Path], reading: Reading) -> int | None:
+    """Bytes of all files; None where standard input is among them."""
+    if STDIN in given:
+        return None
+    size = 0
+    for found in walk(given, reading):
+        if isinstance(found, File):
             try:
-                yield Draft(**msgspec.structs.asdict(msgspec.json.decode(line, type=Line)))
-            except (msgspec.DecodeError, UnicodeEncodeError) as error:
-                yield Unreadable(f"{path}:{number}", str(error))
+                size += found.path.stat().st_size
+            except OSError:
+                continue
+    return size
+
+
+def drafts(given: Sequence[Path], reading: Reading) -> Iterator[Step]:
+    """A draft for each file of one document and for each record of the others, in the order of the files."""
+    for found in walk(given, reading):
+        if isinstance(found, Unreadable):
+            yield Step(found, 0)
+        else:
+            yield from _steps(found, reading)
+
+
+def _steps(file: File, reading: Reading) -> Iterator[Step]:
+    kind = reading.format or formats.SUFFIXES[file.path.suffix.lower()]
+    name = "standard input" if file.path == STDIN else str(file.path)
+    try:
+        with open(0 if file.path == STDIN else file.path, "rb", buffering=0, closefd=file.path != STDIN) as stream:
+            if kind in formats.RECORDS:
+                yield from _records(stream, kind, name, reading)
+            else:
+                yield from _document(stream, kind, name, file, reading)
+    except OSError as error:
+        yield Step(Unreadable(name, error.strerror or str(error), file.id), 0)
+    except Damaged as fault:
+        yield Step(Unreadable(name, str(fault), None if kind in formats.RECORDS else file.id), 0)
+
+
+def _document(stream: io.FileIO, kind: str, name: str, file: File, reading: Reading) -> Iterator[Step]:
+    data = _whole(stream)
+    page = formats.READERS[kind](data, reading.encoding)
+    if not page.content.strip():
+        raise Damaged("is empty or white space only")
+    if page.guessed:
+        yield _guessed(name, page.guessed)
+    identity = reading.prefix if file.path == STDIN else file.id
+    draft = _draft(identity, page)
+    if draft.created_at is None and reading.date_from == "mtime" and file.path != STDIN:
+        draft = replace(draft, created_at=datetime.fromtimestamp(os.fstat(stream.fileno()).st_mtime, UTC))
+    yield Step(_labelled(draft, reading), len(data))
+
+
+def _guessed(name: str, encoding: str) -> Step:
+    return Step(Noted(name, f"is not UTF-8 and was taken for {encoding}; --encoding says another"), 0)
+
+
+def _whole(stream: io.FileIO) -> bytes:
+    parts = []
+    size = 0
+    while part := stream.read(1 << 20):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_FILE:
+            raise Damaged(f"is larger than {MAX_FILE:,} bytes")
+    return b"".join(parts)
+
+
+def _draft(identity: str, page: Page) -> Draft:
+    return Draft(identity, page.content, page.title, page.doc_type, page.metadata, page.created_at)
+
+
+def _records(stream: io.FileIO, kind: str, name: str, reading: Reading) -> Iterator[Step]:
+    if kind == "jsonl":
+        places: Iterable[records.Place | str] = records.jsonl(stream, reading.mapped)
+    else:
+        separator = reading.separator or ("\t" if kind == "tsv" else None)
+        places = records.table(stream, reading.mapped, separator=separator, encoding=reading.encoding)
+    for place in places:
+        if isinstance(place, str):
+            yield _guessed(name, place)
+        elif isinstance(place.made, BadInput):
+            yield Step(Unreadable(f"{name}:{place.line}", str(place.made)), place.size)
+        else:
+            draft = replace(place.made, id=reading.prefix + place.made.id)
+            yield Step(_labelled(draft, reading), place.size)
+
+
+def _labelled(draft: Draft, reading: Reading) -> Draft:
+    return replace(
+        draft,
+        doc_type=draft.doc_type or reading.doc_type,
+        metadata={**reading.metadata, **draft.metadata, **reading.marks},
+    )

@@ -19,6 +19,7 @@ from app import (
     comparison,
     evaluation,
     floors,
+    ingest,
     judgements,
     report,
     rerank,
@@ -32,7 +33,6 @@ from app.database import Database
 from app.embedding import Embedder
 from app.errors import BadInput
 from app.evaluation import Alternative, Judged
-from app.files import Unreadable
 from app.floors import Floor
 from app.judgements import Collection, Question
 from app.report import Evaluation, Results
@@ -175,11 +175,8 @@ async def _provide(
     database: Database, embedder: Embedder, config: Settings, collection: Collection, tenant_id: str
 ) -> None:
     """Bring the folder's documents into their tenant; those that are there already are left as they are."""
-    refused: list[Unreadable] = []
-    counts = await commands.store(database, embedder, config, tenant_id, collection.drafts, refused)
-    terminal.say(f"tenant {tenant_id}: {commands.summary(counts)}")
-    for item in refused:
-        terminal.say(f"skipped document {item.path}: {item.fault}")
+    counts = await ingest.store(database, embedder, config, tenant_id, collection.drafts)
+    terminal.say(f"tenant {tenant_id}: {ingest.summary(counts)}")
     there = await evaluation.stored(database, tenant_id, [draft.id for draft in collection.drafts])
     if others := there.documents - len(there.ids):
         terminal.say(f"documents of tenant {tenant_id} that are not in the folder: {others:,}; they are searched too")

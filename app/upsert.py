@@ -18,7 +18,7 @@ from sqlalchemy import ARRAY, Text, bindparam, delete, func, insert, select, tup
 from sqlalchemy.dialects.postgresql import insert as upsert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import cache, chunking, terms
+from app import bulk, cache, chunking, terms
 from app.batching import named
 from app.chunking import Chunk
 from app.database import Database
@@ -178,6 +178,50 @@ async def put_each(
     raise Unavailable("other writers kept changing these documents; try again")
 
 
+class Difference(NamedTuple):
+    """What a put of a draft would do. `fresh`: texts of the chunks that have no row to keep, where chunks were asked for."""
+
+    id: str
+    status: Literal["created", "updated", "unchanged"]
+    fresh: list[str]
+    reused: int = 0
+
+
+async def compare(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    *,
+    chunks: bool = False,
+) -> list[Difference]:
+    """How drafts, of different ids and within the limits, differ from what is stored; nothing is written.
+
+    Without `chunks` no text is cut: what did not change is recognised by its hash alone.
+    """
+    stored, own = await asyncio.gather(
+        _stored(database, tenant_id, [draft.id for draft in drafts]),
+        _own(database, tenant_id, [draft.id for draft in drafts if draft.embedding is not None]),
+    )
+
+    def differences() -> list[Difference]:
+        made = []
+        for draft in drafts:
+            before = stored.get(draft.id)
+            plan = _uncut(embedder, settings, draft)
+            if before is not None and before.matches(plan, own.get(draft.id)):
+                made.append(Difference(draft.id, "unchanged", [], len(before.chunk_keys)))
+                continue
+            cut = _cut(embedder, settings, draft, None).chunks if chunks and plan.own is None else []
+            kept = before.reusable(plan) if before else set()
+            fresh = [chunk.content for chunk in cut if chunk.key not in kept]
+            made.append(Difference(draft.id, "updated" if before else "created", fresh, len(cut) - len(fresh)))
+        return made
+
+    return await asyncio.to_thread(differences)
+
+
 def _check_count(drafts: Sequence[Draft]) -> None:
     if not 1 <= len(drafts) <= MAX_BATCH:
         raise BadInput("documents", f"{len(drafts)} items; allowed: 1 to {MAX_BATCH:,}")
@@ -223,8 +267,17 @@ def _cut(embedder: Embedder, settings: Settings, draft: Draft, own: npt.NDArray[
         return _Plan(draft, cache.digest(draft.content), chunks, "whole", embedder.model, own)
     overlap = settings.chunk_overlap_tokens
     chunks = chunking.chunk(draft.content, embedder.count_tokens, max_tokens=max_tokens, overlap_tokens=overlap)
-    chunker = f"{chunking.VERSION}/{max_tokens}/{overlap}"
-    return _Plan(draft, cache.digest(draft.content), chunks, chunker, embedder.model, None)
+    return _Plan(draft, cache.digest(draft.content), chunks, _chunker(embedder, settings), embedder.model, None)
+
+
+def _uncut(embedder: Embedder, settings: Settings, draft: Draft) -> _Plan:
+    own = None if draft.embedding is None else np.asarray(draft.embedding, np.float32)
+    chunker = _chunker(embedder, settings) if own is None else "whole"
+    return _Plan(draft, cache.digest(draft.content), [], chunker, embedder.model, own)
+
+
+def _chunker(embedder: Embedder, settings: Settings) -> str:
+    return f"{chunking.VERSION}/{min(settings.chunk_max_tokens, embedder.max_tokens)}/{settings.chunk_overlap_tokens}"
 
 
 def _fault(draft: Draft, error: PgrecallError) -> Fault:
@@ -401,6 +454,17 @@ async def _stored(database: Database, tenant_id: str, ids: list[str]) -> dict[st
     return {row["id"]: _Stored(**row) for row in rows}
 
 
+_OWN_VECTORS = rendered(OWN_VECTORS)
+
+
+async def _own(database: Database, tenant_id: str, ids: list[str]) -> dict[str, npt.NDArray[np.float32]]:
+    if not ids:
+        return {}
+    statement = _OWN_VECTORS.with_values("own vectors", {"tenant_id": tenant_id, "ids": ids})
+    (rows,) = await database.fetch(tenant_id, [statement], primary=True)
+    return {row["id"]: row["embedding"].to_numpy() for row in rows}
+
+
 async def _vectors(
     database: Database,
     embedder: Embedder,
@@ -462,11 +526,13 @@ async def _write(
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),
-        (ADD_CHUNKS, rows.added),
+        (None, rows.added),
         (REPLACE, rows.replaced),
     ):
-        if values:
-            await connection.execute(statement, values)
+        if values and statement is None and len(values) >= bulk.WORTHWHILE:
+            await bulk.add_chunks(connection, tenant_id, values)
+        elif values:
+            await connection.execute(ADD_CHUNKS if statement is None else statement, values)
     added = [(row["id"], row["chunk_key"]) for row in rows.added]
     return outcomes, await terms.learn(connection, tenant_id, added) if added else 0
 
@@ -522,6 +588,8 @@ async def _create(connection: AsyncConnection, tenant_id: str, plans: list[_Plan
         {"tenant_id": tenant_id, "id": plan.draft.id, "created_at": plan.draft.created_at or now} | plan.row()
         for plan in sorted(plans, key=lambda plan: plan.draft.id)
     ]
+    if len(rows) >= bulk.WORTHWHILE:
+        return await bulk.create(connection, tenant_id, rows)
     return set((await connection.execute(CREATE, rows)).scalars()) if rows else set()
 
 

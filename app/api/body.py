@@ -34,8 +34,14 @@ class StrictRequest(Request[Any, Any, Any]):
         return faults.decoded(await self.body(), self.route_handler.parsed_fn_signature.parameters["data"].annotation)
 
 
+STREAMED = "streamed"
+"""In a handler's `opt`: its body may be of any length and take any time, as long as something comes of it."""
+
+
 class BodyGuard(ASGIMiddleware):
     """A body has to arrive whole within `seconds` (408) and within its route's `request_max_body_size` (413).
+
+    Of a body that is streamed the next piece has to arrive within `seconds` whenever the route asks for it.
 
     Litestar enforces that size too, by Content-Length and while it reads; it is counted here because its 413 does not
     say what the limit is. The errors are raised where the body is read, so that the one error map answers them.
@@ -59,7 +65,9 @@ class BodyGuard(ASGIMiddleware):
         too_large = TooLarge("", f"the body is too large; allowed: at most {limit} bytes on this route")
         if limit is not None and int(announced) > limit:
             raise too_large
-        deadline = asyncio.get_running_loop().time() + self.seconds
+        streamed = bool(handler.opt.get(STREAMED))
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.seconds
         size, whole = 0, False
 
         async def guarded() -> ReceiveMessage:
@@ -67,11 +75,12 @@ class BodyGuard(ASGIMiddleware):
             if whole:
                 return await receive()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(clock() + self.seconds if streamed else deadline):
                     message = await receive()
             except TimeoutError:
+                late = "nothing came of the body for" if streamed else "the body did not arrive whole within"
                 raise HTTPException(
-                    f"the body did not arrive whole within {self.seconds:g} seconds",
+                    f"{late} {self.seconds:g} seconds",
                     status_code=HTTP_408_REQUEST_TIMEOUT,
                     headers={"Connection": "close"},
                 ) from None

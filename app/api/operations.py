@@ -9,6 +9,7 @@ from litestar.openapi.spec import (
     OpenAPIResponse,
     Operation,
     Reference,
+    RequestBody,
     Schema,
 )
 from litestar.openapi.spec.enums import OpenAPIType
@@ -26,6 +27,10 @@ data: {"model": "gpt-4o-mini", "usage": {…}, "cited": [1]}
 
 data: [DONE]
 
+"""
+_LINES = """\
+{"id": "faq/password", "content": "To reset your password, open Settings and choose Security."}
+{"id": "faq/2fa", "content": "Use a key.", "metadata": {"lang": "en"}}
 """
 _STREAM = """\
 With `"stream": true`, server-sent events: `sources` first, with the sources as in the whole answer; then one without a \
@@ -72,3 +77,20 @@ class Streamed(Described):
             schema = Schema(description=_STREAM)
             examples: dict[str, Example | Reference] = {"answer": Example(summary="an answer", value=_EVENTS)}
             response.content["text/event-stream"] = OpenAPIMediaType(schema=schema, examples=examples)
+
+
+@dataclass
+class Conversed(Described):
+    """Takes NDJSON while it answers with NDJSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schema = Schema(
+            description="A JSON object a line, as an item of `documents` in `POST /documents`. The body may be of any length.",
+            type=OpenAPIType.STRING,
+        )
+        example = Example(summary="two documents", value=_LINES)
+        self.request_body = RequestBody(
+            content={"application/x-ndjson": OpenAPIMediaType(schema=schema, examples={"two documents": example})},
+            required=True,
+        )

@@ -2,13 +2,15 @@
 
 from urllib.parse import quote, unquote_to_bytes
 
-from litestar.enums import ScopeType
+from litestar.enums import HttpMethod, ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from app.drafts import MAX_ID_BYTES, check_text
 from app.errors import BadInput
 
 PREFIX = b"/documents/"
+STREAM = "stream"
+"""Behind the prefix a route of its own, for POST only."""
 
 
 class RawIds:
@@ -27,6 +29,8 @@ class RawIds:
             raw = scope.get("raw_path", b"").partition(b"?")[0]
             if raw.startswith(PREFIX) and len(raw) > len(PREFIX):
                 encoded = quote(unquote_to_bytes(raw[len(PREFIX) :]), safe="")
+                if encoded == STREAM and scope["method"] != HttpMethod.POST:
+                    encoded = f"%{ord(STREAM[0]):02X}{STREAM[1:]}"  # the document of this name, not the route
                 scope["path"] = PREFIX.decode() + encoded.replace(".", "%2E")
         await self._app(scope, receive, send)
 

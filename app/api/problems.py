@@ -95,6 +95,16 @@ def _found(error: HTTPException) -> list[errors.BadInput]:
     ] or [errors.BadInput("", error.detail)]
 
 
+def described(error: Exception) -> "Problem":
+    """The problem an error is, for a line of a stream, whose status has been sent; logged as its answer would be."""
+    if isinstance(error, errors.PgrecallError):
+        made = _logged(error)
+    else:
+        made = _frameworks(error) if isinstance(error, HTTPException) else _unexpected(error)
+    extra = made.extra if isinstance(made.extra, dict) else {}
+    return Problem(made.type_ or "", made.title or "", made.status_code, made.detail, **extra)
+
+
 async def send(send: Send, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None) -> None:
     """Answer with a problem where there is no application to do it."""
     body = encoded(status, detail)

@@ -34,7 +34,7 @@ VARIES = re.compile(
 )
 PATTERNS = {"moment": r"\S+?Z", "took": r"[\d.]+(?: ms)?", "number": r"(-?\d+\.\d+)", "left_out": r"(?s:.*?)"}
 PROGRESS = re.compile(
-    r"^(?:ingest \d+ documents|search for \d+ queries|search with other settings|search as served and exactly) .*\n",
+    r"^(?:(?:ingest|compare) \d+ documents|search for \d+ queries|search with other settings|search as served and exactly) .*\n",
     re.MULTILINE,
 )
 ADDRESS = "http://127.0.0.1:8000"

@@ -224,7 +224,7 @@ def test_documents_that_cannot_be_stored_or_do_not_belong_are_named(run, folder)
     (folder / "qrels.tsv").write_text("q1\totters\t1\nq3\tempty\t1\n")
     status, out, err = run("evaluate", folder, "--json")
     assert (status, json.loads(out)["hybrid"]["missing_documents"]) == (0, 1)
-    assert "skipped document empty: content: is empty" in err
+    assert "skipped empty: content: is empty" in err
     assert "documents of tenant eval-small that are not in the folder: 1;" in err
     assert "expected documents that tenant eval-small does not have: 1, such as 'empty'" in err
 

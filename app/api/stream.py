@@ -1,0 +1,214 @@
+"""`POST /documents/stream`: documents as NDJSON of any length, an answer for each as it is stored."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from litestar import Request, post
+from litestar.di import NamedDependency
+from litestar.exceptions import HTTPException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import QueryParameter
+from litestar.response import Stream
+from litestar.response.base import ASGIResponse
+from litestar.types import Message, Receive, ReceiveMessage, Scope, Send
+from msgspec import Struct
+
+from app import tenants
+from app.api import faults, operations, problems
+from app.api.body import STREAMED
+from app.api.documents import ChunkCounts, Item, TenantQuery
+from app.api.problems import Problem
+from app.api.service import Service
+from app.drafts import Draft, check_range
+from app.errors import BadInput, TooLarge
+from app.feed import Answer, Entry, Feed
+from app.meter import Meter
+from app.upsert import Outcome
+
+MEDIA_TYPE = "application/x-ndjson"
+MAX_LINE = 16_000_000
+"""Bytes of a line, as of the body that puts one document."""
+MAX_BUDGET = 10**12
+
+
+class Line(Struct, kw_only=True, omit_defaults=True):
+    """What became of a line. `error` is a problem as it would answer a request with this document alone."""
+
+    line: int
+    id: str | None
+    status: Literal["created", "updated", "unchanged", "failed"]
+    version: int | None = None
+    chunks: ChunkCounts | None = None
+    error: Problem | None = None
+
+
+class Summary(Struct, kw_only=True, omit_defaults=True):
+    """The last line; without it the answer is not whole. `stopped` says why not every line was read."""
+
+    done: bool
+    created: int
+    updated: int
+    unchanged: int
+    failed: int
+    tokens: int
+    stopped: Problem | None = None
+
+
+_STORED = Line(line=1, id="faq/password", status="created", version=1, chunks=ChunkCounts(1, 0, 0))
+
+MaxTokens = Annotated[
+    int | None,
+    QueryParameter(
+        name="max_tokens",
+        description="Stop before more tokens than this are embedded.",
+        schema_extra={"minimum": 0, "maximum": MAX_BUDGET},
+    ),
+]
+Answers = Annotated[
+    Literal["all", "faults"],
+    QueryParameter(
+        name="answers",
+        description="faults: lines only for what is not stored, for clients that read nothing before they have sent all.",
+    ),
+]
+
+
+class Conversation(Stream):
+    """A stream that is made while the request's body is still read.
+
+    Litestar's own listens to the connection in order to end with it, and takes the body's pieces away.
+    """
+
+    def to_asgi_response(self, *given: Any, **named: Any) -> ASGIResponse:
+        """As Stream's, listening to nothing."""
+        response = super().to_asgi_response(*given, **named)
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  the body is read elsewhere
+            over = asyncio.Event()
+
+            async def sent(message: Message) -> None:
+                await send(message)
+                if message["type"] == "http.response.body" and not message["more_body"]:
+                    over.set()
+
+            async def finished() -> ReceiveMessage:
+                await over.wait()
+                return {"type": "http.disconnect"}
+
+            await response(scope, finished, sent)
+
+        return answer  # type: ignore[return-value]  # Litestar calls it and nothing else
+
+
+@post(
+    "/documents/stream",
+    operation_id="stream_documents",
+    summary="Store documents as they arrive, any number of them",
+    tags=["documents"],
+    status_code=200,
+    request_max_body_size=None,
+    opt={STREAMED: True},
+    operation_class=operations.Conversed,
+    responses=problems.documented(*problems.BODY)
+    | {
+        200: ResponseSpec(
+            Line,
+            description="A line for each as it is stored, the line of its document in `line`; a summary last",
+            media_type=MEDIA_TYPE,
+            examples=[Example("stored", value=_STORED)],
+        )
+    },
+)
+async def stream_documents(
+    service: NamedDependency[Service],
+    request: Request[Any, Any, Any],
+    tenant_id: TenantQuery,
+    max_tokens: MaxTokens = None,
+    answers: Answers = "all",
+) -> Conversation:
+    """A line at fault is answered with its problem, and the next one is read. Each document is stored whole or not at all."""
+    tenants.check(tenant_id)
+    if max_tokens is not None:
+        check_range("max_tokens", max_tokens, 0, MAX_BUDGET)
+    if request.content_type[0] != MEDIA_TYPE:
+        raise HTTPException(f"the body must be {MEDIA_TYPE}, and Content-Type say so", status_code=415)
+    feed = Feed(service.database, service.embedder, service.settings, tenant_id, Meter(max_tokens))
+    # The first piece before the answer begins: whoever asks to go on (Expect: 100-continue) is told so by its reading.
+    parts = request.stream()
+    first = await anext(parts, b"")
+    return Conversation(_answered(feed, first, parts, whole=answers == "all"), media_type=MEDIA_TYPE)
+
+
+async def _answered(
+    feed: Feed, first: bytes, parts: AsyncIterator[bytes], *, whole: bool
+) -> AsyncGenerator[bytes, None]:
+    counts: Counter[str] = Counter()
+    async for several in feed.answers(entries(_chained(first, parts))):
+        lines = [_line(answer) for answer in several]
+        counts.update(line.status for line in lines)
+        shown = b"".join(msgspec.json.encode(line) + b"\n" for line in lines if whole or line.status == "failed")
+        if shown:
+            yield shown
+    yield (
+        msgspec.json.encode(
+            Summary(
+                done=feed.stopped is None,
+                created=counts["created"],
+                updated=counts["updated"],
+                unchanged=counts["unchanged"],
+                failed=counts["failed"],
+                tokens=feed.meter.tokens,
+                stopped=None if feed.stopped is None else problems.described(feed.stopped),
+            )
+        )
+        + b"\n"
+    )
+
+
+def _line(answer: Answer) -> Line:
+    outcome = answer.outcome
+    if isinstance(outcome, Outcome):
+        chunks = ChunkCounts(outcome.embedded, outcome.reused, outcome.removed)
+        return Line(line=answer.line, id=outcome.id, status=outcome.status, version=outcome.version, chunks=chunks)
+    return Line(line=answer.line, id=answer.id, status="failed", error=problems.described(outcome))
+
+
+async def _chained(first: bytes, parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    yield first
+    async for part in parts:
+        yield part
+
+
+async def entries(parts: AsyncIterator[bytes]) -> AsyncGenerator[Entry, None]:
+    """The documents of NDJSON that comes in pieces; blank lines count, but are none."""
+    number, size = 1, 0
+    pieces: list[bytes] = []
+    async for part in parts:
+        for place, piece in enumerate(part.split(b"\n")):
+            if place:  # there was an end of line before it
+                if found := _entry(number, size, pieces):
+                    yield found
+                number, size, pieces = number + 1, 0, []
+            size += len(piece)
+            if size <= MAX_LINE:
+                pieces.append(piece)
+            else:
+                pieces = []
+    if found := _entry(number, size, pieces):
+        yield found
+
+
+def _entry(number: int, size: int, pieces: list[bytes]) -> Entry | None:
+    if size > MAX_LINE:
+        return Entry(number, 0, TooLarge("", f"the line is {size:,} bytes long; allowed: at most {MAX_LINE:,}"))
+    line = b"".join(pieces)
+    if not line.strip():
+        return None
+    try:
+        return Entry(number, size, Draft(**msgspec.structs.asdict(faults.decoded(line, Item))))
+    except BadInput as fault:
+        return Entry(number, size, fault)

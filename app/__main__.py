@@ -14,7 +14,22 @@ if os.getpid() == 1:
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import __version__, commands, demo, erasing, floors, formats, ingest, scorecard, settings, telemetry, terminal
+from app import (
+    __version__,
+    backlog,
+    commands,
+    demo,
+    erasing,
+    floors,
+    formats,
+    ingest,
+    scorecard,
+    settings,
+    telemetry,
+    terminal,
+    transition,
+    weighing,
+)
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
 
@@ -108,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
         asked.add_argument("--doc-type", action="append", help="only this type; may be repeated")
         asked.add_argument("--metadata", help='conditions as JSON, such as {"lang": "en"}')
         _json(asked)
+    _queueing(command)
     _evaluating(command)
     erased = command(
         "erase",
@@ -132,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     indexed.add_argument("--oversampling", type=float, metavar="N", help="candidates for each hit, 1 to 100 (by kind)")
     indexed.add_argument("--keep", action="store_true", help="do not drop the index used until now")
     _json(indexed)
+    _changing(command)
     _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
     _json(
         command(
@@ -143,6 +160,42 @@ def parser() -> argparse.ArgumentParser:
         )
     )
     return made
+
+
+def _queueing(command: Callable[..., argparse.ArgumentParser]) -> None:
+    working = command(
+        "worker",
+        backlog.work,
+        "Embed the documents that were put with ?wait=false or by SQL.",
+        "pgrecall worker",
+        "pgrecall worker --once --tenant acme",
+    )
+    working.add_argument("--tenant", action="append", help="only this tenant's; may be repeated")
+    working.add_argument("--once", action="store_true", help="end when nothing is due: for cron")
+    _json(working)
+    queued = command(
+        "queue",
+        backlog.queue,
+        "List the documents that are pending or were given up, with the reason.",
+        "pgrecall queue --state failed",
+        "pgrecall queue --tenant acme --json",
+    )
+    queued.add_argument("--tenant", help="only this tenant's")
+    queued.add_argument("--state", choices=["pending", "failed"], help="only these")
+    queued.add_argument("--limit", type=_whole(1, 100_000), default=100, metavar="N", help="at most so many (100)")
+    _json(queued)
+    retried = command(
+        "retry",
+        backlog.retry,
+        "Queue documents that were given up again.",
+        "pgrecall retry --tenant acme --id faq/password",
+        "pgrecall retry --tenant acme --all",
+    )
+    retried.add_argument("--tenant", required=True, help="whose documents")
+    which = retried.add_mutually_exclusive_group(required=True)
+    which.add_argument("--id", action="append", help="this document; may be repeated")
+    which.add_argument("--all", action="store_true", help="every one that was given up")
+    _json(retried)
 
 
 def _ingesting(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -187,6 +240,11 @@ def _ingesting(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--delete-missing", action="store_true", help="delete what came with --as NAME before and is gone now"
     )
     added.add_argument("--force", action="store_true", help="delete it even where that may be a mistake")
+    added.add_argument(
+        "--defer-index",
+        action="store_true",
+        help="for many rows whose vectors come along, into an empty database: build the vector index afterwards",
+    )
     added.add_argument("--dry-run", action="store_true", help="write nothing, say what would change and be embedded")
     added.add_argument(
         "--max-tokens", type=_whole(0, 10**12), metavar="N", help="stop before more tokens than this are embedded"
@@ -249,10 +307,94 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
     _json(judged)
 
 
+def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
+    changed = command(
+        "model",
+        transition.show,
+        "Show the embedding models, or change the one that is searched, while it serves.",
+        "pgrecall model plan text-embedding-3-large --price 0.13",
+        "pgrecall model backfill text-embedding-3-large --rate 200",
+        "pgrecall model switch",
+        "pgrecall model rollback",
+        "pgrecall model finish",
+    )
+    _json(changed)
+    steps = changed.add_subparsers(title="steps", metavar="STEP")
+
+    def step(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        _json(added)
+        return added
+
+    for name, run, summary in (
+        ("plan", transition.plan, "Say what a change would take: chunks, tokens, time, disk, obstacles."),
+        (
+            "backfill",
+            transition.fill,
+            "Give every chunk a vector of the new model and build its index; may be run again.",
+        ),
+    ):
+        added = step(name, run, summary)
+        added.add_argument(
+            "model",
+            nargs=None if name == "plan" else "?",
+            help="name of the new model; local for the one inside the package",
+        )
+        added.add_argument("--dimensions", type=_whole(1, 4_000), metavar="N", help="length of its vectors")
+        added.add_argument("--base-url", metavar="URL", help="its server, if not the one of OPENAI_BASE_URL")
+        added.add_argument("--rate", type=float, metavar="N", help="at most so many chunks a second")
+        added.add_argument("--price", type=float, metavar="P", help="of a million tokens")
+        if name == "backfill":
+            added.add_argument(
+                "--callers", action="store_true", help="embed texts whose vectors their callers brought, too"
+            )
+            added.add_argument(
+                "--max-tokens", type=_whole(1, 10**12), metavar="N", help="stop before more tokens are embedded"
+            )
+    compared = step(
+        "compare", transition.compare, "Set the new model beside the former one: judged queries, or sampled chunks."
+    )
+    switched = step(
+        "switch", transition.switch, "Have the new model searched, at once; refused while anything is missing."
+    )
+    for added in (compared, switched):
+        added.add_argument(
+            "--judged", type=Path, metavar="PATH", help="queries whose documents are known, as for pgrecall evaluate"
+        )
+        added.add_argument("--tenant", help="tenant of the lines that name none")
+        added.add_argument(
+            "-k", type=_whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
+        )
+    compared.add_argument(
+        "--sample", type=_whole(2, 100_000), default=200, metavar="N", help="so many chunks, without --judged (200)"
+    )
+    switched.add_argument(
+        "--tolerance",
+        type=float,
+        default=weighing.TOLERANCE,
+        metavar="D",
+        help=f"refuse where nDCG on --judged falls by more ({weighing.TOLERANCE:g})",
+    )
+    step("rollback", transition.rollback, "Have the former model searched again, at once; until finish.")
+    step("finish", transition.finish, "Drop the former model's vectors and index.")
+    step("abandon", transition.abandon, "Before a switch: drop the new model's vectors and index.")
+
+
 def _serving(added: argparse.ArgumentParser) -> None:
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     added.add_argument("--port", type=_whole(0, 65_535), default=8000, help="port, 0 for a free one (8000)")
     added.add_argument("--workers", type=_whole(1, 64), default=1, metavar="N", help="server processes (1)")
+    worker = added.add_mutually_exclusive_group()
+    worker.add_argument(
+        "--with-worker",
+        action="store_true",
+        default=None,
+        help="embed what is put with ?wait=false in the server itself (with the embedded database)",
+    )
+    worker.add_argument(
+        "--without-worker", dest="with_worker", action="store_false", help="leave that to `pgrecall worker`"
+    )
     added.add_argument("--insecure", action="store_true", help="listen on an address others can reach, without keys")
 
 

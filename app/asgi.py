@@ -18,9 +18,9 @@ from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.params import QueryParameter
 from litestar.static_files import create_static_files_router
 
-from app import __version__, chat, embedding, rerank, telemetry
+from app import __version__, chat, embedding, rerank, spaces, telemetry, worker
 from app import settings as environment
-from app.api import documents, erasure, health, problems, rag, search, stream
+from app.api import documents, erasure, health, problems, queue, rag, search, stream
 from app.api.body import BodyGuard, StrictRequest
 from app.api.methods import Heads
 from app.api.paths import RawIds
@@ -56,6 +56,8 @@ def create_app(settings: Settings | None = None) -> Litestar:
         documents.list_documents,
         documents.delete_document,
         documents.delete_documents,
+        queue.status,
+        queue.retry,
         erasure.erase_tenant,
     ]
     app = Litestar(
@@ -127,7 +129,8 @@ def _check_request(request: Request[Any, Any, Any]) -> None:
 def _accepted(handler: HTTPRouteHandler) -> tuple[list[str], bool]:
     """The names of a route's query parameters, and whether it takes a body."""
     parameters = handler.parsed_fn_signature.parameters
-    known = [name for name, each in parameters.items() if isinstance(each.kwarg_definition, QueryParameter)]
+    defined = ((name, each.kwarg_definition) for name, each in parameters.items())
+    known = [given.name or name for name, given in defined if isinstance(given, QueryParameter)]
     return known, "data" in parameters
 
 
@@ -143,11 +146,14 @@ async def _opened(app: Litestar, settings: Settings) -> AsyncIterator[None]:
         reranker = await stack.enter_async_context(rerank.opened(settings))
         database = Database(settings, settings.database_url or "")
         stack.push_async_callback(database.close)
+        stack.push_async_callback(spaces.close, database)
         app.state.service = service = Service(settings, database, embedder, chat_model, reranker)
         try:
             await service.check()
         except (SchemaTooOld, DatabaseUnavailable) as error:
             log.warning("not ready yet: %s", error)
+        if settings.with_worker:
+            await stack.enter_async_context(worker.beside(embedder, settings))
         yield
 
 

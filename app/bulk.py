@@ -14,15 +14,15 @@ from app import packing
 
 WORTHWHILE = 8
 """Rows from which on one statement for all of them beats one for each."""
-AT_ONCE = 2_000
-"""Rows of a statement: some megabytes."""
+AT_ONCE = 250
+"""Rows of a statement: half a second of work, far below PGRECALL_STATEMENT_TIMEOUT also where the server is busy."""
 
 CREATE = text("""
 insert into sources (tenant_id, id, title, content, content_sha256, doc_type, metadata, created_at, chunk_keys,
-                     start_offsets, state, chunker, embedding_origin, embedding_model)
+                     start_offsets, state, chunker, embedding_origin, embedding_model, ready_at)
 select :tenant_id, id, title, content, content_sha256, doc_type, metadata, created_at,
        string_to_array(chunk_keys, ' '), cast(string_to_array(start_offsets, ' ') as integer[]), state, chunker,
-       embedding_origin, embedding_model
+       embedding_origin, embedding_model, case state when 'ready' then now() end
   from unnest(cast(:id as text[]), cast(:title as text[]), cast(:content as text[]), cast(:content_sha256 as bytea[]),
               cast(:doc_type as text[]), cast(:metadata as jsonb[]), cast(:created_at as timestamptz[]),
               cast(:chunk_keys as text[]), cast(:start_offsets as text[]), cast(:state as text[]),

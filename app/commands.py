@@ -29,6 +29,7 @@ from app import (
     search,
     server,
     settings,
+    spaces,
     tenants,
     terminal,
 )
@@ -36,14 +37,14 @@ from app.conditions import Conditions
 from app.database import Database, connect
 from app.embedding import Embedder
 from app.errors import BadInput, SetupError, WrongSetting
+from app.model import Model
 from app.search import Found
 from app.settings import Settings
 
 STATUS = """
-select tenant_id, count(*) as documents, sum(cardinality(chunk_keys)) as chunks,
-       count(*) filter (where state = 'pending') as pending, count(*) filter (where state = 'failed') as failed,
-       max(updated_at) as updated_at
-  from sources group by tenant_id order by tenant_id
+select tenant_id, documents, chunks, pending, failed, ready_last_minute, ready_last_hour, updated_at,
+       extract(epoch from now() - oldest_pending_at)::float8 as oldest_pending_seconds
+  from ingest_status order by tenant_id
 """
 """How much each tenant has. Read as pgrecall_worker, which alone sees every tenant's sources."""
 
@@ -55,8 +56,9 @@ async def opened(config: Settings) -> AsyncIterator[tuple[Database, Embedder]]:
     database = Database(config, config.database_url or "")
     try:
         await schema.check(database, embedder)
-        yield database, embedder
+        yield database, await spaces.current(database, config, embedder)
     finally:
+        await spaces.close(database)
         await database.close()
         await embedder.aclose()
 
@@ -67,6 +69,9 @@ def serve(arguments: Namespace, config: Settings) -> int:
     with schema.provided(config) as ready:
         # Workers are processes of their own and read their settings from the environment.
         os.environ["DATABASE_URL"] = ready.database_url or ""
+        works = config.with_worker or config.database_url is None
+        works = works if arguments.with_worker is None else arguments.with_worker
+        os.environ[settings.variable("with_worker")] = str(works).lower()
 
         def started(address: str) -> None:
             terminal.say(f"serving on {address}, API docs on {address}/docs (Ctrl-C stops)")
@@ -158,22 +163,27 @@ async def asked(database: Database, embedder: Embedder, config: Settings, argume
         metadata=filters.parse(json_object(arguments.metadata, "--metadata"), "--metadata"),
     )
     mode: search.Mode = arguments.mode
-    vector = None
-    if mode != "text" or arguments.threshold is not None:
-        vector = await questions.vector(embedder, arguments.query)
     async with rerank.opened(config) as reranker:
-        return await search.search(
-            database,
-            config,
-            arguments.tenant,
-            vector,
-            top_k=arguments.top_k,
-            question=arguments.query,
-            threshold=arguments.threshold,
-            conditions=conditions,
-            options=search.Options(mode=mode),
-            stage=rerank.Stage(rerank.required(reranker), arguments.query) if arguments.rerank else None,
-        )
+
+        async def searched(embedder: Embedder) -> Found:
+            vector = None
+            if mode != "text" or arguments.threshold is not None:
+                vector = await questions.vector(embedder, arguments.query)
+            return await search.search(
+                database,
+                config,
+                arguments.tenant,
+                vector,
+                top_k=arguments.top_k,
+                question=arguments.query,
+                threshold=arguments.threshold,
+                conditions=conditions,
+                options=search.Options(mode=mode),
+                stage=rerank.Stage(rerank.required(reranker), arguments.query) if arguments.rerank else None,
+                space=Model(embedder.model, embedder.dimensions),
+            )
+
+        return await spaces.following(database, config, embedder, searched)
 
 
 def ask(arguments: Namespace, config: Settings) -> int:
@@ -288,9 +298,24 @@ def status(arguments: Namespace, config: Settings) -> int:
         return 0
     terminal.table(
         f"revision {report['revision']}, {report['embedding_model']} with {report['embedding_dimensions']} dimensions",
-        [("tenant", "left"), ("documents", "right"), ("chunks", "right"), ("pending", "right"), ("failed", "right")],
-        [(t["tenant_id"], t["documents"], t["chunks"], t["pending"], t["failed"]) for t in report["tenants"]],
+        [
+            ("tenant", "left"),
+            *(
+                (name, "right")
+                for name in ("documents", "chunks", "pending", "oldest", "failed", "last minute", "hour")
+            ),
+        ],
+        [
+            (
+                *(t[name] for name in ("tenant_id", "documents", "chunks", "pending")),
+                "" if t["oldest_pending_seconds"] is None else f"{t['oldest_pending_seconds']:,.0f} s",
+                *(t[name] for name in ("failed", "ready_last_minute", "ready_last_hour")),
+            )
+            for t in report["tenants"]
+        ],
     )
+    if any(t["failed"] for t in report["tenants"]):
+        terminal.say("`pgrecall queue --state failed` says why; `pgrecall retry` tries them again")
     if "psql" in report:
         terminal.say(f"for SQL, while a server or another command keeps the database up: {report['psql']}")
     return 0

@@ -5,6 +5,7 @@ ends, so that nothing is left on a pooled connection. Nobody but `Database.write
 """
 
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -21,6 +22,7 @@ from app.errors import (
     PgrecallError,
     PoolExhausted,
     SchemaTooOld,
+    SpaceChanged,
     StorageFull,
     TimedOut,
     Unavailable,
@@ -34,6 +36,9 @@ log = logging.getLogger(__name__)
 
 IN_THE_WAY = frozenset({"40001", "40P01", "55P03"})
 """SQLSTATEs of a statement that another transaction got the better of: serialisation, deadlock, lock not to be had."""
+
+_OTHER_LENGTH = re.compile(r"different (vector|halfvec) dimensions|expected \d+ dimensions, not \d+")
+"""What pgvector says of a vector that has another length than the column."""
 
 SETTLE = 1.0
 """Seconds a write waits while its tenant is being erased before it is told to come again; it holds a connection so long."""
@@ -173,6 +178,11 @@ class Database:
         (rows,) = await _run(pool, config, [statement])
         return rows
 
+    async def fetch_across(self, statement: Statement) -> list[dict[str, Any]]:
+        """Rows of every tenant, read as pgrecall_worker, which sees the state of documents and not their texts."""
+        (rows,) = await _run(self._primary, {**self._public, "role": roles.WORKER}, [statement])
+        return rows
+
     async def _written(self) -> int:
         ((row,),) = await _run(self._primary, self._public, [Statement("written", WRITTEN, {})])
         return int(row["position"])
@@ -232,6 +242,8 @@ def _ours(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one f
             return PoolExhausted("the database accepts no more connections; try again")
         case psycopg.errors.DatabaseError() if error.sqlstate in IN_THE_WAY:
             return Unavailable("other work was in the way; try again")
+        case psycopg.errors.DataException() if _OTHER_LENGTH.search(str(error)):
+            return SpaceChanged()
         case psycopg.errors.DiskFull():
             return StorageFull(
                 "the database's disk is full and nothing of this was stored: free space there, or move the database to a "

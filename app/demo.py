@@ -41,6 +41,8 @@ def demo(arguments: Namespace, config: Settings) -> int:
         if arguments.once:
             return 0
         os.environ["DATABASE_URL"] = ready.database_url or ""
+        if arguments.with_worker is None and config.database_url is None:
+            arguments.with_worker = True
         return commands.serve(arguments, ready)
 
 

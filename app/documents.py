@@ -61,6 +61,9 @@ TRANSACTION: Select[str] = select(literal_column("pg_current_xact_id()::xid::tex
 """The number of this transaction: rows of later ones have a later number."""
 
 
+STATES = {name: name for name in ("pending", "ready", "failed")}
+
+
 class Document(NamedTuple):
     """A stored document."""
 
@@ -86,9 +89,12 @@ GET = select(*_shown, tenant_sources.c.content).where(
 """One document whole."""
 
 
-def listing(conditions: Conditions, *, after: bool) -> Select[Any]:
+def listing(conditions: Conditions, *, after: bool, state: str | None = None) -> Select[Any]:
     """A page of documents in the order of their ids, without their texts. Parameters: those of `where`, limit, after."""
     statement = select(*_shown).where(*where(conditions, tenant_sources)).order_by(tenant_sources.c.id)
+    if state is not None:
+        # As a literal: what is not ready has an index of its own.
+        statement = statement.where(tenant_sources.c.state == literal_column(f"'{STATES[state]}'"))
     if after:
         statement = statement.where(tenant_sources.c.id > bindparam("after", type_=Text))
     return statement.limit(bindparam("page", type_=Integer))
@@ -113,11 +119,17 @@ async def get(database: Database, tenant_id: str, document_id: str) -> Document:
 
 
 async def page(
-    database: Database, tenant_id: str, conditions: Conditions, *, limit: int, after: str | None = None
+    database: Database,
+    tenant_id: str,
+    conditions: Conditions,
+    *,
+    limit: int,
+    after: str | None = None,
+    state: str | None = None,
 ) -> list[Document]:
-    """At most `limit` documents with ids behind `after`, by id; `content` is None."""
+    """At most `limit` documents with ids behind `after`, in this state if given, by id; `content` is None."""
     values = where_values(tenant_id, conditions) | {"page": limit} | ({} if after is None else {"after": after})
-    statement = rendered(listing(conditions, after=after is not None)).with_values("page", values)
+    statement = rendered(listing(conditions, after=after is not None, state=state)).with_values("page", values)
     (rows,) = await database.fetch(tenant_id, [statement], primary=True)
     return [Document(content=None, **row) for row in rows]
 

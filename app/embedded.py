@@ -57,9 +57,10 @@ class Server:
     or until the process that opened it closes it.
     """
 
-    def __init__(self, data_path: Path, socket_dir: Path, users: int) -> None:
+    def __init__(self, data_path: Path, socket_dir: Path, users: int, *, durable: bool) -> None:
         self.data_path = data_path
         self._socket_dir = socket_dir
+        self._durable = durable
         self._users: int | None = users
         self._opener = os.getpid()
         atexit.register(self.close)
@@ -69,6 +70,21 @@ class Server:
         host = quote(str(self._socket_dir), safe="")
         # without the port the client's PGPORT would choose the socket's name
         return f"postgresql://{quote(user, safe='')}@/{quote(database, safe='')}?host={host}&port=5432"
+
+    def revive(self) -> bool:
+        """Start the server again where it has died while this handle is open. Whether it had. Raises SetupError, OSError."""
+        pgdata = (self.data_path / "postgres").resolve()
+        if self._users is None or _postmaster(pgdata) is not None:
+            return False
+        with _locked(self.data_path):
+            users = self._users
+            # closed meanwhile, or a folder that was deleted or made again and is no longer the one this handle is for
+            if users is None or not _is_same(users, self.data_path / "users") or not (pgdata / "PG_VERSION").exists():
+                return False
+            if _postmaster(pgdata) is not None:
+                return False
+            self._socket_dir = _serve(self.data_path, durable=self._durable)
+            return True
 
     def close(self) -> None:
         """Let go of the server and stop it if nobody else uses it; a second call does nothing."""
@@ -123,7 +139,7 @@ def start(data_path: Path, *, durable: bool = True) -> Server:
             f"the embedded database in {data_path} cannot be used: {error}; "
             "set PGRECALL_DATA_DIR to a folder of your own, or DATABASE_URL"
         ) from error
-    return Server(data_path, socket_dir, users)
+    return Server(data_path, socket_dir, users, durable=durable)
 
 
 def _open(path: Path, flags: int = os.O_RDWR) -> int:
@@ -170,8 +186,12 @@ def _stop_unused(data_path: Path, users: int) -> None:
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # a folder that was deleted and made again is no longer the one this handle is for
-        if os.path.samestat(os.fstat(users), (data_path / "users").stat()):
+        if _is_same(users, data_path / "users"):
             _stop(data_path)
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    return os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _serve(data_path: Path, *, durable: bool) -> Path:

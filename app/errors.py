@@ -8,7 +8,8 @@ PgrecallError
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
 │   ├── StorageFull       the database's disk is full
-│   └── PoolExhausted
+│   ├── PoolExhausted
+│   └── SpaceChanged      the embedding model was changed meanwhile; done again with the other one
 ├── TimedOut              the statement ran into its time limit
 ├── BudgetSpent           the tokens that embedding was allowed are spent
 ├── UpstreamFailed        a model server failed, after the retries it deserved
@@ -81,6 +82,17 @@ class StorageFull(Unavailable):
 
 class PoolExhausted(Unavailable):
     """Every database connection is in use."""
+
+
+class SpaceChanged(Unavailable):
+    """The embedding model has just been changed; try again.
+
+    `model` is the name and the dimensions of the one whose vectors are searched now, None where only a refusal was seen.
+    """
+
+    def __init__(self, model: tuple[str, int] | None = None) -> None:
+        super().__init__("the embedding model has just been changed; try again")
+        self.model = model
 
 
 class TimedOut(PgrecallError):

@@ -45,6 +45,11 @@ select v.kind, v.state, v.oversampling, v.created_at, coalesce(i.indexes, 0) as 
 """
 """The kinds of vector index with their size, how many of their buckets are valid, and scans since statistics began."""
 
+ACTIVE = """
+select v.kind, m.dimensions from vector_indexes v, embedding_models m where v.state = 'active' and m.state = 'active'
+"""
+"""The kind of index that is searched, and the length of the vectors."""
+
 VALID = """
 select c.relname as name, x.indisvalid as valid from pg_index x join pg_class c on c.oid = x.indexrelid
  where x.indrelid = to_regclass('documents') and c.relname = any (%(names)s)
@@ -99,7 +104,10 @@ def change(
     chosen = OVERSAMPLING[kind] if oversampling is None else oversampling
     if not 1 <= chosen <= 100:
         raise BadInput("--oversampling", f"{chosen:g} is not allowed; allowed: 1 to 100")
-    with connect(url) as connection, _alone(connection):
+    with connect(url) as connection, alone(connection):
+        changing = "select name from embedding_models where state in ('filling', 'retired')"
+        if connection.execute(changing).fetchone() is not None:
+            raise SetupError("the embedding model is being changed: `pgrecall model` says what is left to do")
         row = connection.execute("select dimensions from embedding_models where state = 'active'").fetchone()
         dimensions = int(row[0]) if row else 0
         if kind == "full" and dimensions > INDEXED_AS_VECTOR:
@@ -124,6 +132,15 @@ def change(
     return listed(url)
 
 
+def complete(connection: psycopg.Connection[Any], url: str, told: Told) -> None:
+    """Build what is missing of the kind that is searched; `connection` is the owner's, and `alone`."""
+    row = connection.execute(ACTIVE).fetchone()
+    if row is not None:
+        kind, dimensions = row
+        connection.execute("set lock_timeout = 0")
+        _build(connection, url, kind, dimensions, told)
+
+
 def _build(connection: psycopg.Connection[Any], url: str, kind: Kind, dimensions: int, told: Told) -> None:
     table = metadata_for(dimensions, kind).tables["documents"]
     names = embedding_indexes(kind)
@@ -139,7 +156,7 @@ def _build(connection: psycopg.Connection[Any], url: str, kind: Kind, dimensions
             continue
         if name in there:
             connection.execute(sql.SQL("drop index concurrently {}").format(sql.Identifier(name)))
-        with _watched(connection, url, partial(_tell, told, name, done, len(names))):
+        with watched(connection, url, partial(_tell, told, name, done, len(names))):
             connection.execute(definitions[name].replace("CREATE INDEX", "create index concurrently", 1).encode())
         comment = (
             f"HNSW ({kind}) over cosine distance for the tenants where hashtextextended(tenant_id, 0) & 15 = {done}."
@@ -170,10 +187,11 @@ def _drop_retired(connection: psycopg.Connection[Any], told: Told, patience: flo
 
 
 @contextmanager
-def _alone(connection: psycopg.Connection[Any]) -> Iterator[None]:
+def alone(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Keep other operations of this kind out. Raises SetupError while one is at work."""
     row = connection.execute("select pg_try_advisory_lock(%s)", (OPERATION_LOCK,)).fetchone()
     if not row or not row[0]:
-        raise SetupError("another `pgrecall index` is at work on this database: wait for it")
+        raise SetupError("another `pgrecall index` or `pgrecall model` is at work on this database: wait for it")
     try:
         yield
     finally:
@@ -182,7 +200,7 @@ def _alone(connection: psycopg.Connection[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(connection: psycopg.Connection[Any], url: str, tell: Callable[[float], None]) -> Iterator[None]:
+def watched(connection: psycopg.Connection[Any], url: str, tell: Callable[[float], None]) -> Iterator[None]:
     """Tell how far the statement on `connection` is, twice a second, through a connection of its own."""
     finished = threading.Event()
     pid = connection.info.backend_pid

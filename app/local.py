@@ -7,6 +7,7 @@ from psycopg import sql
 
 from app import embedded, roles
 from app.errors import SetupError
+from app.keeper import Keeper
 from app.settings import Settings
 
 DATABASE = "pgrecall"
@@ -21,6 +22,7 @@ class Local:
     """A handle on the running embedded server; the server stops when the last handle of any process is closed."""
 
     server: embedded.Server
+    keeper: Keeper
 
     @property
     def service_url(self) -> str:
@@ -39,18 +41,22 @@ class Local:
 
     def close(self) -> None:
         """Give the handle back."""
+        self.keeper.stop()
         self.server.close()
 
 
 def start(settings: Settings) -> Local:
-    """Start, or join, the server in PGRECALL_DATA_DIR and make its roles, logins and database if they are missing."""
+    """Start, or join, the server in PGRECALL_DATA_DIR and make its roles, logins and database if they are missing.
+
+    Should it die, it is started again for as long as this handle is open.
+    """
     server = embedded.start(settings.data_path)
     try:
         bootstrap(server.url(), DATABASE)
     except psycopg.Error as error:
         server.close()
         raise SetupError(f"the embedded database in {settings.data_path} cannot be set up: {error}") from error
-    return Local(server)
+    return Local(server, Keeper(server))
 
 
 def bootstrap(admin_url: str, database: str) -> None:

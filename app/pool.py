@@ -107,6 +107,10 @@ class Pool:
                 autocommit=True,
                 connect_timeout=5,
                 tcp_user_timeout=30_000,
+                # A server that is gone without a word is noticed in a minute, not in the kernel's two hours.
+                keepalives_idle=30,
+                keepalives_interval=10,
+                keepalives_count=3,
                 application_name="pgrecall",
                 client_encoding=roundtrip.ENCODING,
             )

@@ -42,7 +42,7 @@ def variable(field: str) -> str:
 
 
 UNPREFIXED = frozenset({"database_url", "database_read_url", "openai_api_key", "openai_base_url"})
-SECRET = frozenset({"openai_api_key", "rerank_key"})
+SECRET = frozenset({"openai_api_key", "other_api_key", "rerank_key"})
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,6 +59,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     embedder: Literal["auto", "local", "openai"] = "auto"
     embedding_model: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     embedding_dimensions: Dimensions | None = None
+    other_api_key: Annotated[str, Meta(min_length=1)] | None = None
     embedding_concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
     embedding_timeout: Annotated[float, Meta(gt=0, le=600)] = 30.0
     embedding_retries: Annotated[int, Meta(ge=0, le=10)] = 4
@@ -71,6 +72,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     chunk_max_tokens: Annotated[int, Meta(ge=16, le=8000)] = 250
     chunk_overlap_tokens: Annotated[int, Meta(ge=0, le=4000)] = 100
     request_tokens: Annotated[int, Meta(ge=1_000, le=100_000_000)] = 250_000
+
+    with_worker: bool = False
+    worker_concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
+    worker_poll: Annotated[float, Meta(ge=0.1, le=3600)] = 5.0
+    worker_lease: Annotated[float, Meta(ge=1, le=3600)] = 60.0
+    worker_attempts: Annotated[int, Meta(ge=1, le=1000)] = 5
 
     rerank_url: HttpUrl | None = None
     rerank_model: Annotated[str, Meta(min_length=1, max_length=200)] | None = None

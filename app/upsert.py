@@ -14,19 +14,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ARRAY, Text, bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import ARRAY, Text, bindparam, case, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import bulk, cache, chunking, terms
+from app import bulk, cache, chunking, pending, shadow, spaces, terms
 from app.batching import named
 from app.chunking import Chunk
 from app.database import Database
 from app.drafts import Draft, check
 from app.embedding import Embedder
-from app.errors import BadInput, EmbeddingFailed, PgrecallError, TooLarge, Unavailable, VersionConflict
+from app.errors import BadInput, EmbeddingFailed, PgrecallError, SpaceChanged, TooLarge, Unavailable, VersionConflict
 from app.meter import Meter
 from app.settings import Settings
+from app.shadow import Cutter
 from app.statements import rendered
 from app.tables import documents, sources, tenant_documents, tenant_sources
 from app.tags import tag
@@ -36,7 +37,10 @@ TRIES = 5
 
 
 class Outcome(NamedTuple):
-    """What a put did. `embedded` chunks are new rows, `reused` kept theirs, `removed` are gone."""
+    """What a put did. `embedded` chunks are new rows, `reused` kept theirs, `removed` are gone.
+
+    `state` pending: the text is stored, and a worker will do the rest.
+    """
 
     id: str
     status: Literal["created", "updated", "unchanged"]
@@ -45,6 +49,14 @@ class Outcome(NamedTuple):
     embedded: int = 0
     reused: int = 0
     removed: int = 0
+    state: Literal["ready", "pending"] = "ready"
+
+
+class Claimed(NamedTuple):
+    """A pending document as it was when a worker took it in hand."""
+
+    draft: Draft
+    version: int
 
 
 class Fault(NamedTuple):
@@ -78,24 +90,33 @@ class _Plan:
     chunker: str
     model: str
     own: npt.NDArray[np.float32] | None
+    later: bool = False
+    """Stored now, cut and embedded by a worker."""
 
     @property
     def origin(self) -> str:
         return "pgrecall" if self.own is None else "caller"
 
-    def row(self) -> dict[str, Any]:
+    def text(self) -> dict[str, Any]:
+        """What the caller gave, but for created_at."""
+        draft = self.draft
         return {
-            "title": self.draft.title,
-            "content": self.draft.content,
-            "content_sha256": self.sha256,
-            "doc_type": self.draft.doc_type,
-            "metadata": self.draft.metadata,
+            "title": draft.title,
+            "content": draft.content,
+            "doc_type": draft.doc_type,
+            "metadata": draft.metadata,
+        }
+
+    def places(self) -> dict[str, Any]:
+        """What is known once the text has been cut and embedded."""
+        return {
+            "content_sha256": None if self.later else self.sha256,
             "chunk_keys": [chunk.key for chunk in self.chunks],
             "start_offsets": [chunk.start for chunk in self.chunks],
-            "state": "ready",
-            "chunker": self.chunker,
+            "state": "pending" if self.later else "ready",
+            "chunker": None if self.later else self.chunker,
             "embedding_origin": self.origin,
-            "embedding_model": self.model,
+            "embedding_model": None if self.later else self.model,
         }
 
 
@@ -109,22 +130,56 @@ async def put(
     expected: Container[str | None] | None = None,
     token_limit: int | None = None,
     meter: Meter | None = None,
+    later: bool = False,
 ) -> list[Outcome]:
     """Store these documents, all or none, and say for each what changed. Their order is kept.
 
     `expected` (one draft): VersionConflict unless it holds the tag of what is stored, None standing for nothing.
     `token_limit`: TooLarge when the texts to embed have more tokens in all. `meter` counts what embedding takes, and may
     limit it: BudgetSpent. BadInput and EmbeddingFailed name the items: `documents[3].content`.
+    `later`: store the texts only; a worker cuts and embeds them, and until then searches find what they find now.
+    Documents that bring their vectors are stored whole all the same.
     """
-    plans = await asyncio.to_thread(_plan, embedder, settings, drafts, token_limit)
+    await _expect(database, embedder, settings, drafts)
+
+    async def stored_in(space: Embedder) -> list[Outcome]:
+        return await _put(database, space, settings, tenant_id, drafts, expected, token_limit, meter, later=later)
+
+    return await spaces.following(database, settings, embedder, stored_in)
+
+
+async def _expect(database: Database, embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) -> None:
+    await spaces.expect(
+        database, settings, embedder, [len(draft.embedding) for draft in drafts if draft.embedding is not None]
+    )
+
+
+async def _put(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    expected: Container[str | None] | None,
+    token_limit: int | None,
+    meter: Meter | None,
+    *,
+    later: bool,
+) -> list[Outcome]:
+    cutter = await shadow.cutter(database, embedder, settings)
+    plans = await asyncio.to_thread(_plan, cutter, settings, drafts, token_limit, later=later)
     for _ in range(TRIES):
         stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans])
         vectors, faults = await _vectors(database, embedder, settings, tenant_id, plans, stored, meter)
         if faults:
             raise _together(faults, len(plans))
+        beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors))
         try:
             async with database.write(tenant_id) as connection:
-                outcomes, unfolded = await _write(connection, tenant_id, plans, vectors, stored, expected)
+                space = _Space(database, embedder, beside)
+                outcomes, unfolded = await _write(connection, space, tenant_id, plans, vectors, stored, expected)
+                if any(outcome.state == "pending" for outcome in outcomes):
+                    await pending.ring(database, connection)
         except _Overtaken:
             continue
         if unfolded > terms.FOLD_AFTER:
@@ -148,7 +203,24 @@ async def put_each(
     drafts, and what the database fails with.
     """
     _check_count(drafts)
-    planned = await asyncio.to_thread(_plan_each, embedder, settings, drafts)
+    await _expect(database, embedder, settings, drafts)
+
+    async def stored_in(space: Embedder) -> list[Outcome | Fault]:
+        return await _put_each(database, space, settings, tenant_id, drafts, meter)
+
+    return await spaces.following(database, settings, embedder, stored_in)
+
+
+async def _put_each(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    meter: Meter | None,
+) -> list[Outcome | Fault]:
+    cutter = await shadow.cutter(database, embedder, settings)
+    planned = await asyncio.to_thread(_plan_each, cutter, settings, drafts)
     answers: list[Outcome | Fault | None] = [item if isinstance(item, Fault) else None for item in planned]
     plans = {index: item for index, item in enumerate(planned) if isinstance(item, _Plan)}
     if not plans:
@@ -161,13 +233,14 @@ async def put_each(
         for index, error in left_out.items():
             if error is not None:
                 answers[index] = _fault(plans.pop(index).draft, error)
+        beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors)) if plans else None
         try:
             outcomes: list[Outcome] = []
             unfolded = 0
             if plans:
                 async with database.write(tenant_id) as connection:
-                    every = list(plans.values())
-                    outcomes, unfolded = await _write(connection, tenant_id, every, vectors, stored, None)
+                    every, space = list(plans.values()), _Space(database, embedder, beside)
+                    outcomes, unfolded = await _write(connection, space, tenant_id, every, vectors, stored, None)
         except _Overtaken:
             continue
         if unfolded > terms.FOLD_AFTER:
@@ -176,6 +249,57 @@ async def put_each(
             answers[index] = outcome
         return [answer for answer in answers if answer is not None]
     raise Unavailable("other writers kept changing these documents; try again")
+
+
+async def complete(
+    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, claimed: Sequence[Claimed]
+) -> list[Outcome | Fault | None]:
+    """Cut and embed pending documents and make them searchable in place of what they were; say why some are not.
+
+    Version and updated_at stay, unless SQL changed the text without counting the version. None: the document was
+    replaced or deleted meanwhile, and nothing was written for it. Raises what the database fails with.
+    """
+
+    async def completed_in(space: Embedder) -> list[Outcome | Fault | None]:
+        return await _complete(database, space, settings, tenant_id, claimed)
+
+    return await spaces.following(database, settings, embedder, completed_in)
+
+
+async def _complete(
+    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, claimed: Sequence[Claimed]
+) -> list[Outcome | Fault | None]:
+    wanted = {each.draft.id: each.version for each in claimed}
+    cutter = await shadow.cutter(database, embedder, settings)
+    planned = await asyncio.to_thread(_plan_each, cutter, settings, [each.draft for each in claimed])
+    answers: dict[str, Outcome | Fault] = {item.id: item for item in planned if isinstance(item, Fault)}
+    for _ in range(TRIES):
+        stored = await _stored(database, tenant_id, list(wanted))
+        plans = [item for item in planned if isinstance(item, _Plan)]
+        # What is gone already is not paid for.
+        plans = [plan for plan in plans if _awaits(stored.get(plan.draft.id), wanted[plan.draft.id])]
+        vectors, faults = await _vectors(database, embedder, settings, tenant_id, plans, stored, None)
+        answers |= {plans[index].draft.id: _fault(plans[index].draft, error) for index, error in faults.items()}
+        plans = [plan for index, plan in enumerate(plans) if index not in faults]
+        beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors)) if plans else None
+        try:
+            outcomes: list[Outcome] = []
+            unfolded = 0
+            if plans:
+                async with database.write(tenant_id) as connection:
+                    space = _Space(database, embedder, beside)
+                    outcomes, unfolded = await _finish(connection, space, tenant_id, plans, vectors, wanted)
+        except _Overtaken:
+            continue
+        if unfolded > terms.FOLD_AFTER:
+            await terms.fold(database, tenant_id)
+        answers |= {outcome.id: outcome for outcome in outcomes}
+        return [answers.get(document_id) for document_id in wanted]
+    raise Unavailable("other writers kept changing these documents; try again")
+
+
+def _awaits(stored: "_Stored | None", version: int) -> bool:
+    return stored is not None and stored.version == version and stored.state == "pending"
 
 
 class Difference(NamedTuple):
@@ -227,7 +351,14 @@ def _check_count(drafts: Sequence[Draft]) -> None:
         raise BadInput("documents", f"{len(drafts)} items; allowed: 1 to {MAX_BATCH:,}")
 
 
-def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token_limit: int | None) -> list[_Plan]:
+def _plan(
+    embedder: Embedder | Cutter,
+    settings: Settings,
+    drafts: Sequence[Draft],
+    token_limit: int | None,
+    *,
+    later: bool = False,
+) -> list[_Plan]:
     _check_count(drafts)
     own = []
     seen: dict[str, int] = {}
@@ -239,12 +370,12 @@ def _plan(embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token
         if draft.id in seen:
             raise BadInput(f"documents[{index}].id", f"{draft.id!r} is also the id of documents[{seen[draft.id]}]")
         seen[draft.id] = index
-    if token_limit is not None:
+    if token_limit is not None and not later:
         _check_tokens(embedder, [draft.content for draft in drafts if draft.embedding is None], token_limit)
-    return [_cut(embedder, settings, draft, vector) for draft, vector in zip(drafts, own, strict=True)]
+    return [_cut(embedder, settings, draft, vector, later=later) for draft, vector in zip(drafts, own, strict=True)]
 
 
-def _plan_each(embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) -> list[_Plan | Fault]:
+def _plan_each(embedder: Embedder | Cutter, settings: Settings, drafts: Sequence[Draft]) -> list[_Plan | Fault]:
     planned: list[_Plan | Fault] = []
     seen: dict[str, int] = {}
     for index, draft in enumerate(drafts):
@@ -260,24 +391,34 @@ def _plan_each(embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) 
     return planned
 
 
-def _cut(embedder: Embedder, settings: Settings, draft: Draft, own: npt.NDArray[np.float32] | None) -> _Plan:
+def _cut(
+    embedder: Embedder | Cutter,
+    settings: Settings,
+    draft: Draft,
+    own: npt.NDArray[np.float32] | None,
+    *,
+    later: bool = False,
+) -> _Plan:
     max_tokens = min(settings.chunk_max_tokens, embedder.max_tokens)
     if own is not None:
         chunks = [Chunk(chunking.key(draft.content), 0, draft.content)]
         return _Plan(draft, cache.digest(draft.content), chunks, "whole", embedder.model, own)
     overlap = settings.chunk_overlap_tokens
+    if later:
+        return _uncut(embedder, settings, draft, later=True)
     chunks = chunking.chunk(draft.content, embedder.count_tokens, max_tokens=max_tokens, overlap_tokens=overlap)
     return _Plan(draft, cache.digest(draft.content), chunks, _chunker(embedder, settings), embedder.model, None)
 
 
-def _uncut(embedder: Embedder, settings: Settings, draft: Draft) -> _Plan:
+def _uncut(embedder: Embedder | Cutter, settings: Settings, draft: Draft, *, later: bool = False) -> _Plan:
     own = None if draft.embedding is None else np.asarray(draft.embedding, np.float32)
     chunker = _chunker(embedder, settings) if own is None else "whole"
-    return _Plan(draft, cache.digest(draft.content), [], chunker, embedder.model, own)
+    return _Plan(draft, cache.digest(draft.content), [], chunker, embedder.model, own, later)
 
 
-def _chunker(embedder: Embedder, settings: Settings) -> str:
-    return f"{chunking.VERSION}/{min(settings.chunk_max_tokens, embedder.max_tokens)}/{settings.chunk_overlap_tokens}"
+def _chunker(embedder: Embedder | Cutter, settings: Settings) -> str:
+    rules = f"{chunking.VERSION}/{min(settings.chunk_max_tokens, embedder.max_tokens)}/{settings.chunk_overlap_tokens}"
+    return rules + (embedder.fits if isinstance(embedder, Cutter) else "")
 
 
 def _fault(draft: Draft, error: PgrecallError) -> Fault:
@@ -299,7 +440,7 @@ def _together(faults: Mapping[int, PgrecallError], count: int) -> PgrecallError:
     return next(iter(faults.values()))
 
 
-def _check_tokens(embedder: Embedder, texts: list[str], limit: int) -> None:
+def _check_tokens(embedder: Embedder | Cutter, texts: list[str], limit: int) -> None:
     # No tokenizer makes more tokens than bytes, so a small request is let through without counting.
     if sum(len(text.encode()) for text in texts) <= limit:
         return
@@ -330,10 +471,14 @@ class _Stored(NamedTuple):
     embedding_model: str | None
 
     def reusable(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None = None) -> set[str]:
-        """Chunks whose rows can stay: same text, same model, and embedded here or brought again as it is stored."""
-        same_space = self.embedding_origin == plan.origin and self.embedding_model == plan.model
+        """Chunks whose rows can stay: same text, and embedded here or brought again as it is stored.
+
+        The keys are those of the rows that are there, whether or not a newer text is pending beside them.
+        """
+        # Not by embedding_model: `documents` is wholly in the active space, the names follow a change of the model later.
+        same_origin = self.embedding_origin == plan.origin
         same_vector = plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding))
-        return set(self.chunk_keys) if same_space and same_vector and self.state == "ready" else set()
+        return set(self.chunk_keys) if same_origin and same_vector else set()
 
     def matches(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None) -> bool:
         """Whether writing the plan would change nothing. `embedding`: the stored vector of a document that brought one."""
@@ -343,7 +488,7 @@ class _Stored(NamedTuple):
             and (self.title, self.doc_type) == (plan.draft.title, plan.draft.doc_type)
             and _same(self.metadata, plan.draft.metadata)
             and plan.draft.created_at in (None, self.created_at)
-            and (self.chunker, self.embedding_origin, self.embedding_model) == (plan.chunker, plan.origin, plan.model)
+            and (self.chunker, self.embedding_origin) == (plan.chunker, plan.origin)
             and (plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding)))
         )
 
@@ -381,6 +526,9 @@ LOCKED = (
 )
 """The same, locked in the order of the ids so that two batches never wait for each other in a circle."""
 
+LOCKED_PENDING = LOCKED.add_columns(func.sha256(func.convert_to(sources.c.content, "UTF8")).label("digest"))
+"""The same with the hash of the text as it is now, which SQL may have changed without counting the version."""
+
 OWN_VECTORS = select(tenant_documents.c.id, tenant_documents.c.embedding).where(
     tenant_documents.c.tenant_id == _tenant, tenant_documents.c.id == func.any(_ids)
 )
@@ -389,32 +537,10 @@ OWN_VECTORS = select(tenant_documents.c.id, tenant_documents.c.embedding).where(
 NOW = select(func.now())
 """When this transaction began: the updated_at of every row it writes."""
 
-REMOVE_CHUNKS = delete(documents).where(
-    documents.c.tenant_id == _tenant,
-    documents.c.id == bindparam("document_id", type_=Text),
-    documents.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
-)
+REMOVE_CHUNKS = shadow.removing(documents)
 """Chunks of one document that are no longer in its text."""
 
-RELABEL_CHUNKS = (
-    update(documents)
-    .where(
-        documents.c.tenant_id == _of_tenant,
-        documents.c.id == bindparam("document_id", type_=Text),
-        tuple_(documents.c.doc_type, documents.c.metadata, documents.c.created_at).is_distinct_from(
-            tuple_(
-                bindparam("new_doc_type", type_=documents.c.doc_type.type),
-                bindparam("new_metadata", type_=documents.c.metadata.type),
-                bindparam("new_created_at", type_=documents.c.created_at.type),
-            )
-        ),
-    )
-    .values(
-        doc_type=bindparam("new_doc_type"),
-        metadata=bindparam("new_metadata"),
-        created_at=bindparam("new_created_at"),
-    )
-)
+RELABEL_CHUNKS = shadow.relabelling(documents)
 """Type, metadata and date of the chunks that stay, where they differ."""
 
 CREATE = upsert_into(sources).on_conflict_do_nothing().returning(sources.c.id)
@@ -423,13 +549,8 @@ CREATE = upsert_into(sources).on_conflict_do_nothing().returning(sources.c.id)
 ADD_CHUNKS = insert(documents)
 """Chunks with their vectors."""
 
-_REPLACED = [
-    "title",
-    "content",
+_PLACES = [
     "content_sha256",
-    "doc_type",
-    "metadata",
-    "created_at",
     "chunk_keys",
     "start_offsets",
     "state",
@@ -437,15 +558,50 @@ _REPLACED = [
     "embedding_origin",
     "embedding_model",
 ]
+_REPLACED = ["title", "content", "doc_type", "metadata", "created_at", *_PLACES]
+_UNCLAIMED: dict[str, Any] = {"attempts": 0, "not_before": None, "claimed_by": None, "error": None}
 REPLACE = (
     update(sources)
     .where(sources.c.tenant_id == _of_tenant, sources.c.id == bindparam("document_id", type_=Text))
     .values(
         {name: bindparam(f"new_{name}", type_=sources.c[name].type) for name in _REPLACED}
-        | {"version": sources.c.version + 1, "updated_at": func.now(), "attempts": 0, "error": None}
+        | {"version": sources.c.version + 1, "updated_at": func.now(), "ready_at": func.now()}
+        | _UNCLAIMED
     )
 )
 """A document's text and where its chunks stand in it."""
+
+QUEUE = (
+    update(sources)
+    .where(sources.c.tenant_id == _of_tenant, sources.c.id == bindparam("document_id", type_=Text))
+    .values(
+        {
+            name: bindparam(f"new_{name}", type_=sources.c[name].type)
+            for name in ("title", "content", "doc_type", "metadata", "created_at")
+        }
+        | {"version": sources.c.version + 1, "updated_at": func.now(), "ready_at": None}
+        | {"state": "pending", "content_sha256": None}
+        | _UNCLAIMED
+    )
+)
+"""A document's text, to be cut and embedded by a worker. Its chunks and their places stay those of the text before."""
+
+_COUNTED = sources.c.content_sha256.is_(None)
+COMPLETE = (
+    update(sources)
+    .where(sources.c.tenant_id == _of_tenant, sources.c.id == bindparam("document_id", type_=Text))
+    .values(
+        {name: bindparam(f"new_{name}", type_=sources.c[name].type) for name in _PLACES}
+        | {
+            "version": case((_COUNTED, sources.c.version), else_=sources.c.version + 1),
+            "updated_at": case((_COUNTED, sources.c.updated_at), else_=func.now()),
+            "ready_at": func.now(),
+        }
+        | _UNCLAIMED
+    )
+    .returning(sources.c.version, sources.c.updated_at)
+)
+"""Where the chunks stand in a text that was pending. A put counted its version; SQL, which leaves the hash, may not have."""
 
 
 async def _stored(database: Database, tenant_id: str, ids: list[str]) -> dict[str, _Stored]:
@@ -478,7 +634,7 @@ async def _vectors(
     needed: list[list[str]] = []
     for plan in plans:
         before = stored.get(plan.draft.id)
-        settled = plan.own is not None or (before is not None and before.matches(plan, None))
+        settled = plan.later or plan.own is not None or (before is not None and before.matches(plan, None))
         kept = before.reusable(plan) if before else set()
         needed.append([] if settled else [chunk.content for chunk in plan.chunks if chunk.key not in kept])
     texts = [text for some in needed for text in some]
@@ -495,8 +651,23 @@ async def _vectors(
     return dict(zip(texts, attempt.vectors, strict=True)), faults
 
 
+class _Space(NamedTuple):
+    """Whose vectors are written: the embedder's, and beside them those of another model while it is being changed."""
+
+    database: Database
+    embedder: Embedder
+    beside: shadow.Beside | None
+
+    async def check(self, connection: AsyncConnection) -> None:
+        """Raise SpaceChanged unless these are what the database wants. To be called with `sources` locked."""
+        other = await spaces.locked(connection, self.database, self.embedder)
+        if (other and other.model) != (self.beside and self.beside.model):
+            raise SpaceChanged((self.embedder.model, self.embedder.dimensions))
+
+
 async def _write(
     connection: AsyncConnection,
+    space: _Space,
     tenant_id: str,
     plans: Sequence[_Plan],
     vectors: Mapping[str, npt.NDArray[np.float32]],
@@ -506,7 +677,8 @@ async def _write(
     now: datetime = (await connection.execute(NOW)).scalar_one()
     created = await _create(connection, tenant_id, [plan for plan in plans if plan.draft.id not in seen], now)
     locked, own = await _lock(connection, tenant_id, [plan for plan in plans if plan.draft.id not in created])
-    rows = _Rows([], [], [], [])
+    await space.check(connection)
+    rows = _Rows([], [], [], [], [])
     outcomes = []
     for plan in plans:
         before = locked.get(plan.draft.id)
@@ -515,10 +687,44 @@ async def _write(
             raise VersionConflict(f"{stored} of this document is stored now, which the condition does not allow")
         if before and before.matches(plan, own.get(plan.draft.id)):
             outcomes.append(
-                Outcome(plan.draft.id, "unchanged", before.version, before.updated_at, reused=len(plan.chunks))
+                Outcome(plan.draft.id, "unchanged", before.version, before.updated_at, reused=len(before.chunk_keys))
             )
         else:
             outcomes.append(_difference(rows, tenant_id, plan, before, own.get(plan.draft.id), vectors, now))
+    return outcomes, await _apply(connection, space, tenant_id, rows, plans)
+
+
+async def _finish(
+    connection: AsyncConnection,
+    space: _Space,
+    tenant_id: str,
+    plans: Sequence[_Plan],
+    vectors: Mapping[str, npt.NDArray[np.float32]],
+    wanted: Mapping[str, int],
+) -> tuple[list[Outcome], int]:
+    """Write what was pending under the versions `wanted` and still is; the labels are those of now."""
+    values = {"tenant_id": tenant_id, "ids": [plan.draft.id for plan in plans]}
+    locked = {row.id: row for row in await connection.execute(LOCKED_PENDING, values)} if plans else {}
+    await space.check(connection)
+    rows = _Rows([], [], [], [], [])
+    outcomes = []
+    for plan in plans:
+        row = locked.get(plan.draft.id)
+        before = _Stored(*row[:-1]) if row is not None else None
+        if row is None or before is None or not _awaits(before, wanted[before.id]) or row.digest != plan.sha256:
+            continue
+        labels = {name: getattr(before, name) for name in ("doc_type", "metadata", "created_at")}
+        fresh, kept, stale = _chunks(rows, tenant_id, plan, before, None, vectors, labels)
+        values = _renamed(tenant_id, before.id, plan.places())
+        version, updated_at = (await connection.execute(COMPLETE, values)).one()
+        outcomes.append(Outcome(before.id, "updated", version, updated_at, fresh, kept, stale))
+    return outcomes, await _apply(connection, space, tenant_id, rows, plans)
+
+
+async def _apply(
+    connection: AsyncConnection, space: _Space, tenant_id: str, rows: "_Rows", plans: Sequence[_Plan]
+) -> int:
+    """Write the rows. How many rows the tenant's statistics could be folded from."""
     gone = [(row["document_id"], key) for row in rows.removed for key in row["keys"]]
     if gone:
         await terms.forget(connection, tenant_id, gone)
@@ -528,13 +734,19 @@ async def _write(
         (RELABEL_CHUNKS, rows.relabelled),
         (None, rows.added),
         (REPLACE, rows.replaced),
+        (QUEUE, rows.queued),
     ):
         if values and statement is None and len(values) >= bulk.WORTHWHILE:
             await bulk.add_chunks(connection, tenant_id, values)
         elif values:
             await connection.execute(ADD_CHUNKS if statement is None else statement, values)
+    if space.beside is not None:
+        callers = {plan.draft.id for plan in plans if plan.own is not None}
+        await shadow.write(
+            connection, space.beside, removed=rows.removed, relabelled=rows.relabelled, added=rows.added, own=callers
+        )
     added = [(row["id"], row["chunk_key"]) for row in rows.added]
-    return outcomes, await terms.learn(connection, tenant_id, added) if added else 0
+    return await terms.learn(connection, tenant_id, added) if added else 0
 
 
 class _Rows(NamedTuple):
@@ -544,6 +756,7 @@ class _Rows(NamedTuple):
     relabelled: list[dict[str, Any]]
     added: list[dict[str, Any]]
     replaced: list[dict[str, Any]]
+    queued: list[dict[str, Any]]
 
 
 def _difference(
@@ -557,35 +770,61 @@ def _difference(
 ) -> Outcome:
     """Add to `rows` what turns the stored document into the planned one. `before` None: its source has just been made."""
     draft = plan.draft
-    kept = before.reusable(plan, embedding) & {chunk.key for chunk in plan.chunks} if before else set()
     labels = {
         "doc_type": draft.doc_type,
         "metadata": draft.metadata,
         "created_at": draft.created_at or (before.created_at if before else now),
     }
+    if plan.later:
+        if before is None:
+            return Outcome(draft.id, "created", 1, now, state="pending")
+        rows.queued.append(_renamed(tenant_id, draft.id, plan.text() | labels))
+        return Outcome(draft.id, "updated", before.version + 1, now, state="pending")
+    fresh, kept, stale = _chunks(rows, tenant_id, plan, before, embedding, vectors, labels)
+    if before is None:
+        return Outcome(draft.id, "created", 1, now, embedded=fresh)
+    rows.replaced.append(_renamed(tenant_id, draft.id, plan.text() | plan.places() | labels))
+    return Outcome(draft.id, "updated", before.version + 1, now, fresh, kept, stale)
+
+
+def _chunks(
+    rows: _Rows,
+    tenant_id: str,
+    plan: _Plan,
+    before: _Stored | None,
+    embedding: npt.NDArray[np.float32] | None,
+    vectors: Mapping[str, npt.NDArray[np.float32]],
+    labels: dict[str, Any],
+) -> tuple[int, int, int]:
+    """Add to `rows` what turns the stored chunks into the planned ones. How many are new, kept and gone."""
+    kept = before.reusable(plan, embedding) & {chunk.key for chunk in plan.chunks} if before else set()
     fresh = [chunk for chunk in plan.chunks if chunk.key not in kept]
     for chunk in fresh:
         vector = vectors.get(chunk.content) if plan.own is None else plan.own
         if vector is None:
             raise _Overtaken  # a row this write meant to keep is gone
-        row = {"tenant_id": tenant_id, "id": draft.id, "chunk_key": chunk.key, "content": chunk.content}
+        row = {"tenant_id": tenant_id, "id": plan.draft.id, "chunk_key": chunk.key, "content": chunk.content}
         rows.added.append(row | {"embedding": vector} | labels)
-    if before is None:
-        return Outcome(draft.id, "created", 1, now, embedded=len(fresh))
-    document = {"of_tenant": tenant_id, "document_id": draft.id}
-    stale = sorted(set(before.chunk_keys) - kept)
+    stale = sorted(set(before.chunk_keys) - kept) if before else []
     if stale:
-        rows.removed.append({"tenant_id": tenant_id, "document_id": draft.id, "keys": stale})
+        rows.removed.append({"tenant_id": tenant_id, "document_id": plan.draft.id, "keys": stale})
     if kept:
-        rows.relabelled.append(document | {f"new_{name}": value for name, value in labels.items()})
-    rows.replaced.append(document | {f"new_{name}": value for name, value in (plan.row() | labels).items()})
-    return Outcome(draft.id, "updated", before.version + 1, now, len(fresh), len(kept), len(stale))
+        rows.relabelled.append(_renamed(tenant_id, plan.draft.id, labels))
+    return len(fresh), len(kept), len(stale)
+
+
+def _renamed(tenant_id: str, document_id: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of an UPDATE, whose parameters may not be called as its columns are."""
+    return {"of_tenant": tenant_id, "document_id": document_id} | {f"new_{name}": v for name, v in values.items()}
 
 
 async def _create(connection: AsyncConnection, tenant_id: str, plans: list[_Plan], now: datetime) -> set[str]:
     """Store the texts of documents that were not there; those that came into being meanwhile are left to `_lock`."""
     rows = [
-        {"tenant_id": tenant_id, "id": plan.draft.id, "created_at": plan.draft.created_at or now} | plan.row()
+        {"tenant_id": tenant_id, "id": plan.draft.id, "created_at": plan.draft.created_at or now}
+        | {"ready_at": None if plan.later else now}
+        | plan.text()
+        | plan.places()
         for plan in sorted(plans, key=lambda plan: plan.draft.id)
     ]
     if len(rows) >= bulk.WORTHWHILE:

@@ -86,6 +86,16 @@ class PutDocuments(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaul
     documents: list[Item]
 
 
+Wait = Annotated[
+    bool,
+    QueryParameter(
+        name="wait",
+        description="false: store the text and answer 202; `pgrecall worker` cuts and embeds it. Searches find what they "
+        "found before until it has.",
+    ),
+]
+
+
 class ChunkCounts(Struct):
     """Chunks written anew, kept, and gone."""
 
@@ -95,12 +105,13 @@ class ChunkCounts(Struct):
 
 
 class Stored(Struct):
-    """What a put did to one document."""
+    """What a put did to one document. `state` pending: a worker will cut and embed it."""
 
     id: str
     status: Literal["created", "updated", "unchanged"]
     version: int
     chunks: ChunkCounts
+    state: Literal["ready", "pending"] = "ready"
 
 
 class StoredAll(Struct):
@@ -117,7 +128,11 @@ class ChunkPlace(Struct):
 
 
 class DocumentSummary(Struct, kw_only=True):
-    """A document without its text."""
+    """A document without its text.
+
+    `state`: `ready`, `pending` (waits for a worker; `error` is why the last try failed) or `failed` (given up, `error` says
+    why). `chunk_count` counts the chunks that can be searched, of the text before until it is ready.
+    """
 
     id: str
     tenant_id: str
@@ -135,7 +150,7 @@ class DocumentSummary(Struct, kw_only=True):
 
 
 class DocumentWhole(DocumentSummary, kw_only=True):
-    """A document with its text and where its chunks start."""
+    """A document with its text and where its chunks start in it, which is known once it is ready."""
 
     content: str
     chunks: list[ChunkPlace]
@@ -162,6 +177,7 @@ _PUT = PutDocument(
     metadata={"lang": "en"},
 )
 _STORED = Stored("faq/password", "created", 1, ChunkCounts(1, 0, 0))
+_PENDING = Stored("faq/password", "created", 1, ChunkCounts(0, 0, 0), "pending")
 _SUMMARY: dict[str, Any] = {
     "id": "faq/password",
     "tenant_id": "acme",
@@ -182,7 +198,7 @@ _WHOLE = DocumentWhole(**_SUMMARY, content=_PUT.content, chunks=[ChunkPlace(0, 0
 
 def _stored(outcome: Outcome) -> Stored:
     counts = ChunkCounts(outcome.embedded, outcome.reused, outcome.removed)
-    return Stored(outcome.id, outcome.status, outcome.version, counts)
+    return Stored(outcome.id, outcome.status, outcome.version, counts, outcome.state)
 
 
 def _summary(tenant_id: str, document: Document) -> dict[str, Any]:
@@ -194,7 +210,12 @@ def _summary(tenant_id: str, document: Document) -> dict[str, Any]:
 
 
 async def _put(
-    service: Service, tenant_id: str, drafts: Sequence[Draft], expected: Container[str | None] | None = None
+    service: Service,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    expected: Container[str | None] | None = None,
+    *,
+    wait: bool,
 ) -> list[Outcome]:
     tenants.check(tenant_id)
     return await upsert.put(
@@ -205,6 +226,7 @@ async def _put(
         drafts,
         expected=expected,
         token_limit=service.settings.request_tokens,
+        later=not wait,
     )
 
 
@@ -218,12 +240,14 @@ async def _put(
     | {
         200: ResponseSpec(Stored, description="Updated or unchanged", examples=[Example("stored", value=_STORED)]),
         201: ResponseSpec(Stored, description="Created", examples=[Example("created", value=_STORED)]),
+        202: ResponseSpec(Stored, description="Stored, to be embedded", examples=[Example("pending", value=_PENDING)]),
     },
 )
 async def put_document(
     service: NamedDependency[Service],
     document_id: IdPath,
     data: Annotated[PutDocument, Body(examples=[Example("a document", value=_PUT)])],
+    wait: Wait = True,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response[Stored]:
@@ -231,9 +255,9 @@ async def put_document(
     fields = msgspec.structs.asdict(data)
     tenant_id = fields.pop("tenant_id")
     draft = Draft(id=decoded(document_id), **fields)
-    (outcome,) = await _put(service, tenant_id, [draft], Precondition(if_match, if_none_match))
-    status = 201 if outcome.status == "created" else 200
-    headers = {"ETag": quoted(tag(outcome.version, outcome.updated_at))}
+    (outcome,) = await _put(service, tenant_id, [draft], Precondition(if_match, if_none_match), wait=wait)
+    status = 202 if outcome.state == "pending" else 201 if outcome.status == "created" else 200
+    headers = {"ETag": quoted(tag(outcome.version, outcome.updated_at), outcome.state)}
     return Response(_stored(outcome), status_code=status, headers=headers)
 
 
@@ -246,7 +270,14 @@ async def put_document(
     request_max_body_size=MAX_BATCH_BODY,
     operation_class=operations.Described,
     responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
-    | {200: ResponseSpec(StoredAll, description="Stored", examples=[Example("stored", value=StoredAll([_STORED]))])},
+    | {
+        200: ResponseSpec(StoredAll, description="Stored", examples=[Example("stored", value=StoredAll([_STORED]))]),
+        202: ResponseSpec(
+            StoredAll,
+            description="Stored, some to be embedded",
+            examples=[Example("pending", value=StoredAll([_PENDING]))],
+        ),
+    },
 )
 async def put_documents(
     service: NamedDependency[Service],
@@ -267,16 +298,18 @@ async def put_documents(
             ]
         ),
     ],
-) -> StoredAll:
+    wait: Wait = True,
+) -> Response[StoredAll]:
     """The item at fault is named, `documents[3].content`, and then none is written."""
     drafts = [Draft(**msgspec.structs.asdict(item)) for item in data.documents]
     tenants.check(data.tenant_id)
     try:
-        outcomes = await _put(service, data.tenant_id, drafts)
+        outcomes = await _put(service, data.tenant_id, drafts, wait=wait)
     except BadInput as fault:
         # A put of one document names its fields without the item.
         raise (fault.under("documents[0]") if len(drafts) == 1 else fault) from None
-    return StoredAll([_stored(outcome) for outcome in outcomes])
+    status = 202 if any(outcome.state == "pending" for outcome in outcomes) else 200
+    return Response(StoredAll([_stored(outcome) for outcome in outcomes]), status_code=status)
 
 
 @get(
@@ -295,21 +328,26 @@ async def get_document(
     service: NamedDependency[Service], document_id: IdPath, tenant_id: TenantQuery, if_none_match: IfNoneMatch = None
 ) -> Response[DocumentWhole | None]:
     """The text exactly as it was put, with the places of its chunks."""
-    unseen = Precondition(if_none_match=if_none_match)
+    unseen = Precondition(if_none_match=if_none_match, reading=True)
     document = await documents.get(service.database, tenants.check(tenant_id), decoded(document_id))
-    current = tag(document.version, document.updated_at)
-    if current not in unseen:
-        return Response(None, status_code=304, headers={"ETag": quoted(current)})
+    current, is_ready = tag(document.version, document.updated_at), document.state == "ready"
+    headers = {"ETag": quoted(current, document.state)}
+    # Until then it changes without a new tag: the next try, the reason of a failure.
+    if is_ready and current not in unseen:
+        return Response(None, status_code=304, headers=headers)
     whole = DocumentWhole(
         **_summary(tenant_id, document),
         content=document.content or "",
-        chunks=[ChunkPlace(index, start) for index, start in enumerate(document.start_offsets)],
+        chunks=[ChunkPlace(index, start) for index, start in enumerate(document.start_offsets)] if is_ready else [],
     )
-    return Response(whole, headers={"ETag": quoted(current)})
+    return Response(whole, headers=headers)
 
 
 MetadataQuery = Annotated[
     str | None, QueryParameter(name="metadata", description='Conditions as in search, as JSON: {"lang": "en"}')
+]
+StateQuery = Annotated[
+    Literal["pending", "ready", "failed"] | None, QueryParameter(name="state", description="Only in this state.")
 ]
 DocTypeQuery = Annotated[list[str] | None, QueryParameter(name="doc_type", description="One of these types.")]
 
@@ -360,6 +398,7 @@ async def list_documents(
     metadata: MetadataQuery = None,
     created_after: AfterQuery = None,
     created_before: BeforeQuery = None,
+    in_state: StateQuery = None,
 ) -> DocumentPage:
     """A keyset page: documents written meanwhile neither shift nor repeat the others."""
     tenants.check(tenant_id)
@@ -367,7 +406,7 @@ async def list_documents(
     if after is not None:
         check_text("after", after, 0, MAX_ID_BYTES)
     narrowed = conditions(doc_type, _metadata(metadata), created_after, created_before)
-    found = await documents.page(service.database, tenant_id, narrowed, limit=limit + 1, after=after)
+    found = await documents.page(service.database, tenant_id, narrowed, limit=limit + 1, after=after, state=in_state)
     page = found[:limit]
     return DocumentPage(
         [DocumentSummary(**_summary(tenant_id, document)) for document in page],

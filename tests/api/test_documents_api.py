@@ -38,6 +38,7 @@ async def test_put_says_created_then_unchanged_then_updated(client):
         "status": "created",
         "version": 1,
         "chunks": {"embedded": 1, "reused": 0, "removed": 0},
+        "state": "ready",
     }
     again = await put(client, metadata={"lang": "en"})
     assert (again.status_code, again.json()["status"]) == (200, "unchanged")

@@ -114,13 +114,14 @@ def test_only_the_api_is_published_and_only_to_this_machine(services):
 
 def test_each_step_waits_for_the_one_before(services):
     order = ["db", "logins", "roles", "migrate", "api"]
-    assert list(services) == order
+    assert list(services) == [*order, "worker"]
+    assert services["worker"]["depends_on"] == services["api"]["depends_on"]
     assert services["logins"]["depends_on"] == {"db": {"condition": "service_healthy"}}
     for before, after in itertools.pairwise(order[1:]):
         assert services[after]["depends_on"] == {before: {"condition": "service_completed_successfully"}}
 
 
-@pytest.mark.parametrize("name", ["roles", "migrate", "api"])
+@pytest.mark.parametrize("name", ["roles", "migrate", "api", "worker"])
 def test_the_commands_exist(services, name):
     assert parser().parse_args(services[name]["command"]).run
 
@@ -130,6 +131,7 @@ def test_each_service_knows_the_password_of_its_own_login_only(services):
         "roles": ("postgres", "POSTGRES_PASSWORD", services["roles"]["command"]),
         "migrate": (local.OWNER, "OWNER_PASSWORD", services["migrate"]["environment"]["PGRECALL_MIGRATION_URL"]),
         "api": (local.SERVICE, "SERVICE_PASSWORD", services["api"]["environment"]["DATABASE_URL"]),
+        "worker": (local.SERVICE, "SERVICE_PASSWORD", services["worker"]["environment"]["DATABASE_URL"]),
     }
     for name, (login, password, place) in logins.items():
         assert f"//{login}@db/" in str(place)
@@ -140,7 +142,7 @@ def test_each_service_knows_the_password_of_its_own_login_only(services):
 
 def test_every_setting_is_handed_on(services):
     names = {variable(field.name) for field in msgspec.structs.fields(Settings)}
-    for service in ("migrate", "api"):
+    for service in ("migrate", "api", "worker"):
         handed = {name for name, value in services[service]["environment"].items() if value is None}
         assert handed == names - DECIDED, "x-settings in compose.yaml lists every setting"
 

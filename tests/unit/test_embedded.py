@@ -20,7 +20,7 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from app import embedded
+from app import embedded, keeper
 from app.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +231,45 @@ def test_a_killed_server_restarts_with_all_that_was_committed(made: Path) -> Non
                 assert again.url() == server.url()
                 assert query(again.url(), "select count(*) from kept") == [(1000,)]
         assert query(server.url(), "select count(*) from kept") == [(1000,)]
+    assert postmaster(made) is None
+
+
+def test_a_handle_brings_a_dead_server_back_and_only_a_dead_one(made: Path) -> None:
+    with embedded.start(made, durable=False) as server:
+        assert not server.revive()
+        dead = postmaster(made)
+        os.kill(dead, signal.SIGKILL)
+        until(lambda: postmaster(made) is None, "the postmaster's end")
+        assert server.revive()
+        assert not server.revive()
+        assert postmaster(made) not in (None, dead)
+        assert query(server.url(), "show fsync") == [("off",)]
+    assert not server.revive()
+    assert postmaster(made) is None
+
+
+def test_a_folder_that_was_deleted_is_not_made_again(tmp_path: Path) -> None:
+    server = embedded.start(tmp_path / "data", durable=False)
+    old = psutil.Process(postmaster(tmp_path / "data"))
+    shutil.rmtree(tmp_path / "data/postgres")
+    old.send_signal(signal.SIGQUIT)
+    assert not server.revive()
+    assert not (tmp_path / "data/postgres").exists()
+    server.close()
+
+
+def test_a_keeper_tries_again_until_the_server_starts(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = made / "postgres/postgresql.auto.conf"
+    before = settings.read_text()
+    with embedded.start(made, durable=False) as server:
+        settings.write_text(before + "wal_buffers = '2000TB'\n")
+        kept = keeper.Keeper(server)
+        os.kill(postmaster(made), signal.SIGKILL)
+        until(lambda: "does not start" in caplog.text, "the failed start")
+        settings.write_text(before)
+        until(lambda: "was started again" in caplog.text, "the start")
+        assert query(server.url(), "select 1") == [(1,)]
+        kept.stop()
     assert postmaster(made) is None
 
 

@@ -58,7 +58,19 @@ def test_every_setting_can_be_set(field):
     base = {"OPENAI_API_KEY": "k", "PGRECALL_EMBEDDING_DIMENSIONS": "8"}
     base |= {"PGRECALL_RERANK_URL": "http://r", "PGRECALL_RERANK_MODEL": "m"}
     seen = set()
-    for text in ("postgresql://u@h/d", "http://h/v1", "openai", "debug", "x", "7", "120", "2000", "0.25", "false"):
+    for text in (
+        "postgresql://u@h/d",
+        "http://h/v1",
+        "openai",
+        "debug",
+        "x",
+        "7",
+        "120",
+        "2000",
+        "0.25",
+        "false",
+        "true",
+    ):
         with contextlib.suppress(WrongSetting):
             seen.add(getattr(settings.read(base | {settings.variable(field): text}), field))
     assert seen - {getattr(settings.read(base), field)}

@@ -18,6 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from app import roles
 from app.errors import (
+    BeingErased,
     DatabaseUnavailable,
     PgrecallError,
     PoolExhausted,
@@ -213,7 +214,7 @@ def _begun(config: Mapping[str, str], tenant_id: str, *, alone: bool) -> Select[
 def _busy(tenant_id: str, *, alone: bool) -> Unavailable:
     if alone:
         return Unavailable(f"writes to tenant {tenant_id!r} did not end within {WRITERS_END:.0f} s; try again", 10)
-    return Unavailable(f"tenant {tenant_id!r} is being erased; what is put afterwards stays; try again", 5)
+    return BeingErased(f"tenant {tenant_id!r} is being erased; what is put afterwards stays; try again")
 
 
 async def _run(pool: Pool, config: Mapping[str, str], statements: Sequence[Statement]) -> list[list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ PgrecallError
 ├── VersionConflict       If-Match or If-None-Match does not allow what is stored
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
+│   ├── BeingErased       the tenant is being erased
 │   ├── StorageFull       the database's disk is full
 │   ├── PoolExhausted
 │   └── SpaceChanged      the embedding model was changed meanwhile; done again with the other one
@@ -71,6 +72,13 @@ class Unavailable(PgrecallError):
 
 class DatabaseUnavailable(Unavailable):
     """The database cannot be reached."""
+
+
+class BeingErased(Unavailable):
+    """The tenant is being erased; what is put afterwards stays."""
+
+    def __init__(self, message: str = "", retry_after: int = 5) -> None:
+        super().__init__(message, retry_after)
 
 
 class StorageFull(Unavailable):

@@ -728,7 +728,7 @@ async def _apply(
     gone = [(row["document_id"], key) for row in rows.removed for key in row["keys"]]
     if gone:
         await terms.forget(connection, tenant_id, gone)
-        await cache.leave(connection, rows.removed)
+        await cache.leave(connection, tenant_id, gone)
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),

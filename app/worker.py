@@ -32,7 +32,15 @@ from app import pending, schema, spaces, upsert
 from app.database import Database, translated
 from app.drafts import MAX_TEXT_BYTES, Draft
 from app.embedding import Embedder
-from app.errors import DatabaseUnavailable, EmbeddingFailed, PgrecallError, SchemaTooOld, TimedOut, Unavailable
+from app.errors import (
+    BeingErased,
+    DatabaseUnavailable,
+    EmbeddingFailed,
+    PgrecallError,
+    SchemaTooOld,
+    TimedOut,
+    Unavailable,
+)
 from app.pending import Claim
 from app.settings import Settings
 from app.statements import rendered
@@ -220,6 +228,8 @@ class Worker:
         try:
             await self._work(tenant_id, claims)
             self._held[tenant_id] -= ids
+        except BeingErased:
+            self._owed(tenant_id, ids)  # which is nothing once it is done; the other tenants do not wait for it
         except (Unavailable, TimedOut) as error:
             # The database is away; what is held stays so, and is renewed or given back when it is there again.
             self._pause_for(error)
@@ -260,6 +270,8 @@ class Worker:
         try:
             documents = await self._loaded(tenant_id, claims)
             answers = await upsert.complete(self.database, self.embedder, self.settings, tenant_id, documents)
+        except BeingErased:
+            raise  # no reason to pause the others
         except Unavailable as error:
             await self._put_back(tenant_id, claims, error)
         except Exception as error:  # noqa: BLE001  whatever it is, one document's must not stop the others'

@@ -237,6 +237,11 @@ def _ingesting(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--delete-missing", action="store_true", help="delete what came with --as NAME before and is gone now"
     )
     added.add_argument("--force", action="store_true", help="delete it even where that may be a mistake")
+    added.add_argument(
+        "--defer-index",
+        action="store_true",
+        help="for many rows whose vectors come along, into an empty database: build the vector index afterwards",
+    )
     added.add_argument("--dry-run", action="store_true", help="write nothing, say what would change and be embedded")
     added.add_argument(
         "--max-tokens", type=_whole(0, 10**12), metavar="N", help="stop before more tokens than this are embedded"

@@ -14,8 +14,8 @@ from app import packing
 
 WORTHWHILE = 8
 """Rows from which on one statement for all of them beats one for each."""
-AT_ONCE = 2_000
-"""Rows of a statement: some megabytes."""
+AT_ONCE = 250
+"""Rows of a statement: half a second of work, far below PGRECALL_STATEMENT_TIMEOUT also where the server is busy."""
 
 CREATE = text("""
 insert into sources (tenant_id, id, title, content, content_sha256, doc_type, metadata, created_at, chunk_keys,

@@ -45,6 +45,11 @@ select v.kind, v.state, v.oversampling, v.created_at, coalesce(i.indexes, 0) as 
 """
 """The kinds of vector index with their size, how many of their buckets are valid, and scans since statistics began."""
 
+ACTIVE = """
+select v.kind, m.dimensions from vector_indexes v, embedding_models m where v.state = 'active' and m.state = 'active'
+"""
+"""The kind of index that is searched, and the length of the vectors."""
+
 VALID = """
 select c.relname as name, x.indisvalid as valid from pg_index x join pg_class c on c.oid = x.indexrelid
  where x.indrelid = to_regclass('documents') and c.relname = any (%(names)s)
@@ -99,7 +104,7 @@ def change(
     chosen = OVERSAMPLING[kind] if oversampling is None else oversampling
     if not 1 <= chosen <= 100:
         raise BadInput("--oversampling", f"{chosen:g} is not allowed; allowed: 1 to 100")
-    with connect(url) as connection, _alone(connection):
+    with connect(url) as connection, alone(connection):
         row = connection.execute("select dimensions from embedding_models where state = 'active'").fetchone()
         dimensions = int(row[0]) if row else 0
         if kind == "full" and dimensions > INDEXED_AS_VECTOR:
@@ -122,6 +127,15 @@ def change(
         if not keep:
             _drop_retired(connection, told, patience)
     return listed(url)
+
+
+def complete(connection: psycopg.Connection[Any], url: str, told: Told) -> None:
+    """Build what is missing of the kind that is searched; `connection` is the owner's, and `alone`."""
+    row = connection.execute(ACTIVE).fetchone()
+    if row is not None:
+        kind, dimensions = row
+        connection.execute("set lock_timeout = 0")
+        _build(connection, url, kind, dimensions, told)
 
 
 def _build(connection: psycopg.Connection[Any], url: str, kind: Kind, dimensions: int, told: Told) -> None:
@@ -170,7 +184,8 @@ def _drop_retired(connection: psycopg.Connection[Any], told: Told, patience: flo
 
 
 @contextmanager
-def _alone(connection: psycopg.Connection[Any]) -> Iterator[None]:
+def alone(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Keep other operations of this kind out. Raises SetupError while one is at work."""
     row = connection.execute("select pg_try_advisory_lock(%s)", (OPERATION_LOCK,)).fetchone()
     if not row or not row[0]:
         raise SetupError("another `pgrecall index` is at work on this database: wait for it")

@@ -12,18 +12,21 @@ from typing import Any
 
 import msgspec
 
-from app import commands, files, loading, missing, preview, records, schema, tenants, terminal
+from app import commands, deferral, files, loading, missing, preview, records, schema, tenants, terminal
 from app.database import Database
+from app.deferral import Deferred
 from app.drafts import Draft
 from app.embedding import Embedder
 from app.errors import BadInput, BudgetSpent, PgrecallError
 from app.files import Noted, Reading, Step, Unreadable
+from app.indexes import Told
 from app.loading import Counts, Seen
 from app.meter import Meter
 from app.preview import Cost
 from app.settings import Settings
 
 INTERRUPTED = 130
+DEFERRED = "; its end, or the next `pgrecall ingest`, builds the vector index"
 
 
 @dataclass
@@ -65,9 +68,14 @@ def ingest(arguments: Namespace, config: Settings) -> int:
     price = config.embedding_price if arguments.price is None else arguments.price
     report = Report(meter=Meter(arguments.max_tokens), price=price)
     began = time.monotonic()
-    with schema.provided(config) as ready:
+    with schema.provided(config) as ready, schema.migration_url(ready) as owner_url:
         try:
-            asyncio.run(_run(arguments, ready, reading, report))
+            with _deferred(arguments, reading, owner_url) as defer:
+                missing_indexes = asyncio.run(_run(arguments, ready, reading, report))
+                if defer is not None:
+                    _building(defer.build)
+            if defer is None and missing_indexes and not arguments.dry_run:
+                _finish(owner_url)
         except KeyboardInterrupt:
             terminal.say(_so_far("interrupted", arguments, report))
             return INTERRUPTED
@@ -106,7 +114,34 @@ def _reading(arguments: Namespace) -> Reading:
     )
 
 
-async def _run(arguments: Namespace, config: Settings, reading: Reading, report: Report) -> None:
+@contextmanager
+def _deferred(arguments: Namespace, reading: Reading, owner_url: str) -> Iterator[Deferred | None]:
+    if not arguments.defer_index or arguments.dry_run:
+        yield None
+        return
+    with deferral.deferred(owner_url, arguments.tenant, files.total(arguments.path, reading)) as made:
+        yield made
+
+
+def _building(build: Callable[[Told], object]) -> None:
+    with terminal.progress("%") as bar:
+        task = bar.add_task("building the vector index", total=100)
+        build(lambda what, share: bar.update(task, description=what, completed=100 * share))
+
+
+def _finish(owner_url: str) -> None:
+    """Build the index that an interrupted load has left out."""
+    done: list[bool] = []
+    _building(lambda told: done.append(deferral.finish(owner_url, told)))
+    if not done[0]:
+        terminal.say(
+            "a part of the vector index is missing; searches are exact without it, but slower: run `pgrecall index` with "
+            "the kind it shows as active, as the tables' owner"
+        )
+
+
+async def _run(arguments: Namespace, config: Settings, reading: Reading, report: Report) -> int:
+    """How many parts of the vector index are missing."""
     seen = Seen() if arguments.delete_missing else None
     steps = files.drafts(arguments.path, reading)
     async with commands.opened(config) as (database, embedder):
@@ -132,11 +167,12 @@ async def _run(arguments: Namespace, config: Settings, reading: Reading, report:
                     missing.check(found, read=report.counts.documents, skipped=report.counts.skipped)
             except BadInput as fault:
                 report.refused = str(fault)
-                return
+                found = missing.Missing([], found.of)
             if arguments.dry_run:
                 report.deleted = len(found.ids)
             else:
                 report.deleted = await missing.remove(database, arguments.tenant, arguments.load_name, found.ids, begun)
+        return await deferral.missing(database)
 
 
 async def store(
@@ -253,5 +289,5 @@ def _so_far(why: str, arguments: Namespace, report: Report) -> str:
     kept = ", nothing was deleted" if arguments.delete_missing else ""
     return (
         f"{why}: {stored:,} documents are stored whole, {report.counts.unchanged:,} were there already{kept}. "
-        "The same command goes on where this one stopped"
+        "The same command goes on where this one stopped" + (DEFERRED if arguments.defer_index else "")
     )

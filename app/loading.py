@@ -31,7 +31,7 @@ HANDFUL = 500
 HANDFUL_CHARACTERS = 1_000_000
 BATCH_CHARACTERS = 60_000
 """Text of the documents that are written in one transaction."""
-BATCH_DOCUMENTS = 200
+BATCH_DOCUMENTS = 250
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between two tries where the database is away, as when it restarts."""
 AHEAD = 2
@@ -267,7 +267,8 @@ def _batches(read: Iterable[Read]) -> Iterator[list[Read]]:
     batch: list[Read] = []
     size = 0
     for each in read:
-        length = len(each.draft.content)
+        # What brings its vector along is written at once, nothing waits for its text.
+        length = len(each.draft.content) if each.draft.embedding is None else 0
         if batch and (size + length > BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS):
             yield batch
             batch, size = [], 0

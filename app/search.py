@@ -39,7 +39,7 @@ class Hit:
     """One chunk found, ranked by `rank_score`. `start_offset` counts characters in the document.
 
     `similarity` is cosine similarity in [-1, 1], None where words were searched without a vector; `text_score` is BM25,
-    above 0, None where the words were not searched or did not find this chunk. `score` is the similarity in the mode
+    above 0, None where the words were not searched, give this chunk nothing or, by `rrf`, did not find it. `score` is the similarity in the mode
     `vector`, the text score in `text` and the fused one in `hybrid`. `rerank_score` is the reranker's, on its model's own
     scale, None where none was asked.
     """
@@ -106,7 +106,7 @@ class Options:
     """
 
     mode: Mode = "vector"
-    fusion: Method = "rrf"
+    fusion: Method = "relative"
     vector_weight: float = 1.0
     text_weight: float = 1.0
     diversity: float = 0.0

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 FOLD_AFTER = 256
 """Writes of a tenant after which its statistics are folded: a common word has then as many rows to be added up."""
 
+AT_ONCE = 1_000
+"""Chunks that are counted in one statement: more of them would run into PGRECALL_STATEMENT_TIMEOUT on a busy server."""
+
 _tenant = bindparam("tenant_id", type_=Text)
 _ids = bindparam("ids", type_=ARRAY(Text))
 _keys = bindparam("keys", type_=ARRAY(Text))
@@ -36,7 +39,10 @@ FOLD = select(func.fold_statistics(_tenant))
 
 async def learn(connection: AsyncConnection, tenant_id: str, chunks: list[tuple[str, str]]) -> int:
     """Count these chunks, (document, chunk_key) each, which have just been added. How many rows could be folded."""
-    return int((await connection.execute(LEARN, _values(tenant_id, chunks))).scalar_one())
+    rows = 0
+    for start in range(0, len(chunks), AT_ONCE):
+        rows = int((await connection.execute(LEARN, _values(tenant_id, chunks[start : start + AT_ONCE]))).scalar_one())
+    return rows
 
 
 async def forget(connection: AsyncConnection, tenant_id: str, chunks: list[tuple[str, str]]) -> None:

@@ -101,13 +101,12 @@ def values(settings: Settings, question: str, text_k: int, conditions: Condition
     return asked
 
 
-def ranked(conditions: Conditions, name: str = "text_leg") -> CTE:
+def ranked(conditions: Conditions, question: CTE, name: str = "text_leg") -> CTE:
     """The best `text_k` chunks: id, chunk_key, text_score. For any statement that is run under CONFIG.
 
-    Parameters: question, text_k, those of `where`, and text_bound where there are conditions: up to so many rows that
-    satisfy them are all scored, rather than found by their words.
+    `question` is what `words` gives. Parameters: question, text_k, those of `where`, and text_bound where there are
+    conditions: up to so many rows that satisfy them are all scored, rather than found by their words.
     """
-    question = _question()
     size = _size(conditions) if conditions != Conditions() else None
     first: ColumnElement[float] = question.c.total * _number(FIRST)
     if size is not None:
@@ -162,7 +161,30 @@ def _bound() -> ColumnElement[int]:
     return bindparam("text_bound", type_=Integer)
 
 
-def _question() -> CTE:
+def score_of(met: CTE, question: CTE) -> LateralFromClause:
+    """For each chunk of `met` without a text_score its BM25, as `ranked` would give it: `score`; no row where none is due.
+
+    `met` has id, chunk_key and text_score. A chunk that a phrase or an exclusion forbids has no score.
+    """
+    chunk = tenant_document_terms
+    candidate = (
+        select(chunk.c.terms, _norm(question))
+        .where(
+            met.c.text_score.is_(None),
+            chunk.c.tenant_id == _tenant,
+            chunk.c.id == met.c.id,
+            chunk.c.chunk_key == met.c.chunk_key,
+            _allowed(question),
+        )
+        .correlate(met, question)
+        .offset(0)
+        .lateral("candidate")
+    )
+    return select(_score().label("score")).select_from(candidate).correlate(met, question).lateral("scored")
+
+
+def words() -> CTE:
+    """The question's words with weights and bounds, for `ranked` and `score_of`. Parameters: tenant_id, question."""
     asked = func.text_question(
         _tenant, bindparam("question", type_=Text), literal(TERMS[-1], Integer), literal(READING, Integer)
     ).table_valued(
@@ -188,12 +210,9 @@ def _size(conditions: Conditions) -> CTE:
 def _candidates(conditions: Conditions, question: CTE, passes: CTE, size: CTE | None) -> LateralFromClause:
     """The chunks one pass scores: id, chunk_key, terms, and `norm`, by which BM25 lets long chunks count less."""
     chunk, document = tenant_document_terms, tenant_documents
-    length = cast(chunk.c.length, DOUBLE_PRECISION) / question.c.mean_length
-    norm = (_number(K1 * (1 - B)) + _number(K1 * B) * length).label("norm")
-    restriction = question.c.restriction
     passing = (
-        select(chunk.c.id, chunk.c.chunk_key, chunk.c.terms, norm)
-        .where(chunk.c.tenant_id == _tenant, or_(restriction.is_(None), chunk.c.terms.op("@@")(restriction)))
+        select(chunk.c.id, chunk.c.chunk_key, chunk.c.terms, _norm(question))
+        .where(chunk.c.tenant_id == _tenant, _allowed(question))
         .correlate(question, passes)
     )
     formula = func.text_candidates(question.c.terms, question.c.bounds, passes.c.threshold, question.c.required)
@@ -206,6 +225,16 @@ def _candidates(conditions: Conditions, question: CTE, passes: CTE, size: CTE | 
     ).where(*where(conditions))
     rows = select(size.c.rows).scalar_subquery()
     return union_all(filtered.where(holding, rows > _bound()), filtered.where(rows <= _bound())).lateral("candidate")
+
+
+def _norm(question: CTE) -> ColumnElement[float]:
+    length = cast(tenant_document_terms.c.length, DOUBLE_PRECISION) / question.c.mean_length
+    return (_number(K1 * (1 - B)) + _number(K1 * B) * length).label("norm")
+
+
+def _allowed(question: CTE) -> ColumnElement[bool]:
+    restriction = question.c.restriction
+    return or_(restriction.is_(None), tenant_document_terms.c.terms.op("@@")(restriction))
 
 
 def _found(question: CTE, passes: CTE, candidate: LateralFromClause) -> LateralFromClause:

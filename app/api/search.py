@@ -124,8 +124,11 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     ] = "vector"
     fusion: Annotated[
         Literal["rrf", "relative"],
-        Meta(description="How hybrid joins its legs: reciprocal ranks (k = 60), or scores brought to 0..1."),
-    ] = "rrf"
+        Meta(
+            description="How hybrid joins its legs. relative: similarity and BM25 of every chunk that either leg found, "
+            "each brought to 0..1, and nearness to the best of them. rrf: reciprocal ranks (k = 60)."
+        ),
+    ] = "relative"
     vector_weight: Weight = 1.0
     text_weight: Weight = 1.0
     diversity: Annotated[

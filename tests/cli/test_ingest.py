@@ -11,6 +11,7 @@ import time
 import psycopg
 import pytest
 
+from app import deferral
 from tests.unit.test_formats import HTML, pdf
 
 
@@ -283,3 +284,38 @@ def test_ctrl_c_leaves_whole_documents_and_the_next_run_goes_on(data_dir, tmp_pa
     status, out, _ = run(*command, "--json")
     report = json.loads(out)
     assert (status, report["created"], report["unchanged"]) == (0, 10, stored)
+
+
+def test_defer_index_builds_the_index_afterwards(run, tmp_path, owner, monkeypatch):
+    bucket = "select hashtextextended(%s, 0) & 15 not in (select hashtextextended(tenant_id, 0) & 15 from sources)"
+    tenant = next(name for n in range(1_000) if owner.execute(bucket, (name := f"deferred{n}",)).fetchone() == (True,))
+    lines = (
+        json.dumps({"id": f"d{n}", "content": f"Text {n}.", "embedding": [n + 1.0, *[0.5] * 383]}) for n in range(30)
+    )
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    command = ("ingest", tmp_path / "rows.jsonl", "--tenant", tenant, "--defer-index")
+    status, _, err = run(*command)
+    assert (status, "does not pay" in err) == (2, True)
+    monkeypatch.setattr(deferral, "WORTHWHILE", 0)
+    indexes = "select count(*) from pg_indexes where indexname like 'documents_embedding_full_%'"
+    monkeypatch.setattr(deferral.Deferred, "build", lambda *_: None)  # as if it ended here
+    assert json.loads(run(*command, "--json")[1])["created"] == 30
+    assert owner.execute(indexes).fetchone() == (15,)
+    (tmp_path / "a.txt").write_text("Another document.")
+    assert run("ingest", tmp_path / "a.txt", "--tenant", tenant)[0] == 0
+    assert owner.execute(indexes).fetchone() == (16,)
+    status, _, err = run(*command)
+    assert (status, "has documents already" in err) == (2, True)
+
+
+def test_max_tokens_stops_before_it_is_passed_and_the_next_run_goes_on(run, tmp_path, stored):
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text(f"River number {number} runs to the sea. " * 5)
+    command = ("ingest", tmp_path, "--tenant", "budget", "--json")
+    status, out, err = run(*command, "--max-tokens", "30")
+    report = json.loads(out)
+    assert (status, report["created"], report["embedding"]["tokens"] <= 30) == (1, len(stored("budget")), True)
+    assert "--max-tokens" in report["stopped"]
+    assert "goes on where this one stopped" in err
+    assert run(*command)[0] == 0
+    assert json.loads(run(*command)[1])["unchanged"] == 20

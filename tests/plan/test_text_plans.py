@@ -37,13 +37,17 @@ def corpus(cluster, template):
         yield name
 
 
-def plan(cluster, corpus, conditions, question="planner vacuum"):
+BY_WORDS = fusion.Mixed(scans.Wanted(0), None, similarity=False)
+
+
+def plan(cluster, corpus, conditions, question="planner vacuum", mixed=BY_WORDS, **more):
     """The plan of a search as the service runs it: its role, its tenant, its settings."""
     settings = settings_for(cluster.url(corpus, SERVICE), "http://127.0.0.1:9/v1", exact_rows=1_000)
-    sql, constants = rendered(fusion.build(conditions, fusion.Mixed(scans.Wanted(0), None, similarity=False)))
+    sql, constants = rendered(fusion.build(conditions, mixed))
+    sql = sql.replace("%(embedding)s", "%(embedding)s::vector")
     values = (
         constants | text.values(settings, question, 10, conditions) | where_values("acme", conditions) | {"top_k": 10}
-    )
+    ) | more
     with psycopg.connect(settings.database_url) as connection:
         for name, value in ({"role": roles.APP, "pgrecall.tenant_id": "acme"} | scans.EXACT | text.CONFIG).items():
             connection.execute("select set_config(%s, %s, true)", (name, value))
@@ -81,3 +85,21 @@ def test_a_filter_that_leaves_many_is_applied_to_what_the_words_find(cluster, co
     found = plan(cluster, corpus, Conditions(doc_types=("often",)))
     assert ran(found, WORDS)
     assert all(n["Actual Rows"] < ROWS / 10 for n in ran(found, WORDS))
+
+
+def test_hybrid_looks_up_by_key_what_a_leg_did_not_give(cluster, corpus):
+    found = plan(
+        cluster,
+        corpus,
+        Conditions(),
+        mixed=fusion.Mixed(scans.Wanted(64), "exact", "relative"),
+        embedding=str([1] * 64),
+        leg_k=10,
+        vector_weight=1,
+        text_weight=1,
+    )
+    looked_up = ran(found, "document_terms_pkey")
+    assert looked_up
+    assert all(n["Actual Rows"] <= 1 and n["Actual Loops"] <= 20 for n in looked_up)
+    assert [n for n in ran(found, "documents_pkey") if n["Actual Rows"] <= 1 and n["Actual Loops"] <= 20]
+    assert not [n for n in found if n["Node Type"] == "Seq Scan" and n["Relation Name"] == "document_terms"]

@@ -15,6 +15,8 @@ import pytest
 from app.__main__ import main
 from tests.cli.test_commands import serving
 
+pytestmark = pytest.mark.timeout(300)  # two or three processes are started one after the other
+
 
 @pytest.fixture
 def environment(settings, openai):
@@ -64,7 +66,7 @@ def count(owner, condition):
 
 
 def test_what_a_killed_worker_held_is_finished_by_another(environment, owner, openai):
-    insert(owner, 70)
+    insert(owner, 40)
     openai.delay = 10
     with worker(environment) as first:
         until(lambda: openai.embedded)
@@ -73,10 +75,10 @@ def test_what_a_killed_worker_held_is_finished_by_another(environment, owner, op
     assert count(owner, "claimed_by is not null and state = 'pending'") >= 32
     openai.delay = 0.0
     with worker(environment) as second:
-        until(lambda: count(owner, "state = 'ready'") == 70)
+        until(lambda: count(owner, "state = 'ready'") == 40)
         second.send_signal(signal.SIGTERM)
         assert second.wait(timeout=30) == 0
-    assert owner.execute("select count(*) from documents").fetchone() == (70,)
+    assert owner.execute("select count(*) from documents").fetchone() == (40,)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

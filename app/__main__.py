@@ -27,6 +27,8 @@ from app import (
     settings,
     telemetry,
     terminal,
+    transition,
+    weighing,
 )
 from app.errors import DatabaseUnavailable, PgrecallError
 from app.settings import Settings
@@ -146,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     indexed.add_argument("--oversampling", type=float, metavar="N", help="candidates for each hit, 1 to 100 (by kind)")
     indexed.add_argument("--keep", action="store_true", help="do not drop the index used until now")
     _json(indexed)
+    _changing(command)
     _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
     _json(
         command(
@@ -302,6 +305,80 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="exit with status 1 if the metric is under the value, in that mode or in any that is searched; may be repeated",
     )
     _json(judged)
+
+
+def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
+    changed = command(
+        "model",
+        transition.show,
+        "Show the embedding models, or change the one that is searched, while it serves.",
+        "pgrecall model plan text-embedding-3-large --price 0.13",
+        "pgrecall model backfill text-embedding-3-large --rate 200",
+        "pgrecall model switch",
+        "pgrecall model rollback",
+        "pgrecall model finish",
+    )
+    _json(changed)
+    steps = changed.add_subparsers(title="steps", metavar="STEP")
+
+    def step(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        _json(added)
+        return added
+
+    for name, run, summary in (
+        ("plan", transition.plan, "Say what a change would take: chunks, tokens, time, disk, obstacles."),
+        (
+            "backfill",
+            transition.fill,
+            "Give every chunk a vector of the new model and build its index; may be run again.",
+        ),
+    ):
+        added = step(name, run, summary)
+        added.add_argument(
+            "model",
+            nargs=None if name == "plan" else "?",
+            help="name of the new model; local for the one inside the package",
+        )
+        added.add_argument("--dimensions", type=_whole(1, 4_000), metavar="N", help="length of its vectors")
+        added.add_argument("--base-url", metavar="URL", help="its server, if not the one of OPENAI_BASE_URL")
+        added.add_argument("--rate", type=float, metavar="N", help="at most so many chunks a second")
+        added.add_argument("--price", type=float, metavar="P", help="of a million tokens")
+        if name == "backfill":
+            added.add_argument(
+                "--callers", action="store_true", help="embed texts whose vectors their callers brought, too"
+            )
+            added.add_argument(
+                "--max-tokens", type=_whole(1, 10**12), metavar="N", help="stop before more tokens are embedded"
+            )
+    compared = step(
+        "compare", transition.compare, "Set the new model beside the former one: judged queries, or sampled chunks."
+    )
+    switched = step(
+        "switch", transition.switch, "Have the new model searched, at once; refused while anything is missing."
+    )
+    for added in (compared, switched):
+        added.add_argument(
+            "--judged", type=Path, metavar="PATH", help="queries whose documents are known, as for pgrecall evaluate"
+        )
+        added.add_argument("--tenant", help="tenant of the lines that name none")
+        added.add_argument(
+            "-k", type=_whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
+        )
+    compared.add_argument(
+        "--sample", type=_whole(2, 100_000), default=200, metavar="N", help="so many chunks, without --judged (200)"
+    )
+    switched.add_argument(
+        "--tolerance",
+        type=float,
+        default=weighing.TOLERANCE,
+        metavar="D",
+        help=f"refuse where nDCG on --judged falls by more ({weighing.TOLERANCE:g})",
+    )
+    step("rollback", transition.rollback, "Have the former model searched again, at once; until finish.")
+    step("finish", transition.finish, "Drop the former model's vectors and index.")
+    step("abandon", transition.abandon, "Before a switch: drop the new model's vectors and index.")
 
 
 def _serving(added: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from litestar.openapi.plugins import SwaggerRenderPlugin
 from litestar.params import QueryParameter
 from litestar.static_files import create_static_files_router
 
-from app import __version__, chat, embedding, rerank, telemetry, worker
+from app import __version__, chat, embedding, rerank, spaces, telemetry, worker
 from app import settings as environment
 from app.api import documents, erasure, health, problems, queue, rag, search, stream
 from app.api.body import BodyGuard, StrictRequest
@@ -146,6 +146,7 @@ async def _opened(app: Litestar, settings: Settings) -> AsyncIterator[None]:
         reranker = await stack.enter_async_context(rerank.opened(settings))
         database = Database(settings, settings.database_url or "")
         stack.push_async_callback(database.close)
+        stack.push_async_callback(spaces.close, database)
         app.state.service = service = Service(settings, database, embedder, chat_model, reranker)
         try:
             await service.check()

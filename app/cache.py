@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ARRAY, Integer, LargeBinary, Text, bindparam, delete, func, or_, select, update
+from sqlalchemy import ARRAY, Integer, LargeBinary, bindparam, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -17,7 +17,6 @@ from app.errors import EmbeddingFailed, PgrecallError
 from app.meter import Meter
 from app.settings import Settings
 from app.statements import rendered
-from app.tables import documents, embedding_models
 from app.tables import embedding_cache as cached
 
 KNOWN = (
@@ -38,47 +37,46 @@ FORGET = delete(cached).where(
 )
 """What is older than the newest `kept` entries of a tenant. Entries of one call share a moment, so a call more may stay."""
 
-_of_tenant = bindparam("of_tenant", type_=Text)
-_chunks = select(func.sha256(func.convert_to(documents.c.content, "UTF8"))).where(documents.c.tenant_id == _of_tenant)
-LEAVE = (
-    update(cached)
-    .where(
-        cached.c.tenant_id == _of_tenant,
-        cached.c.model == embedding_models.c.name,
-        cached.c.dimensions == embedding_models.c.dimensions,
-        cached.c.input_type == "document",
-        cached.c.content_sha256
-        == func.any(
-            func.array(
-                _chunks.where(
-                    documents.c.id == bindparam("document_id", type_=Text),
-                    documents.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
-                ).scalar_subquery()
-            )
-        ),
-    )
-    .values(left_by=bindparam("document_id", type_=Text))
+LEAVE = text(
+    """
+with texts as (
+    select distinct on (digest) sha256(convert_to(d.content, 'UTF8')) as digest, d.id
+      from unnest(cast(:ids as text[]), cast(:keys as text[])) as gone (id, chunk_key)
+      join documents d on d.tenant_id = :tenant_id and d.id = gone.id and d.chunk_key = gone.chunk_key
+), found as (
+    select c.model, c.dimensions, c.content_sha256, t.id
+      from texts t
+     cross join embedding_models m
+      join embedding_cache c on c.tenant_id = :tenant_id and c.model = m.name and c.dimensions = m.dimensions
+       and c.input_type = 'document' and c.content_sha256 = t.digest
+       for update of c skip locked
 )
-"""Which document the texts of chunks that are about to be removed were in, so that its deletion takes their vectors along."""
+update embedding_cache c set left_by = found.id from found
+ where c.tenant_id = :tenant_id and c.model = found.model and c.dimensions = found.dimensions
+   and c.input_type = 'document' and c.content_sha256 = found.content_sha256
+"""
+)
+"""Which document the texts of chunks that are about to be removed were in, so that its deletion takes their vectors along. Two
+writers that leave the same texts do not wait for each other: either's document will do."""
 
-ERASE = (
-    delete(cached)
-    .where(
-        cached.c.tenant_id == _of_tenant,
-        or_(
-            cached.c.left_by == func.any(bindparam("ids", type_=ARRAY(Text))),
-            cached.c.content_sha256
-            == func.any(
-                func.array(
-                    _chunks.where(documents.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))).scalar_subquery()
-                )
-            ),
-        ),
-    )
-    .returning(cached.c.content_sha256)
+ERASE = text(
+    """
+with found as (
+    select model, dimensions, input_type, content_sha256 from embedding_cache
+     where tenant_id = :tenant_id
+       and (left_by = any (:ids) or content_sha256 = any (array(
+            select sha256(convert_to(content, 'UTF8')) from documents where tenant_id = :tenant_id and id = any (:ids))))
+     order by created_at, content_sha256, model, dimensions, input_type
+       for update
 )
-"""Vectors of the texts that documents, which are about to be removed, have or had. A document beside them that has such a
-text keeps its rows."""
+delete from embedding_cache c using found
+ where c.tenant_id = :tenant_id and c.model = found.model and c.dimensions = found.dimensions
+   and c.input_type = found.input_type and c.content_sha256 = found.content_sha256
+returning c.content_sha256
+"""
+).columns(cached.c.content_sha256)
+"""Vectors of the texts that documents, which are about to be removed, have or had; in an order, for two not to wait in a
+circle. A document beside them that has such a text keeps its rows."""
 
 
 def digest(text: str) -> bytes:
@@ -187,14 +185,12 @@ async def _known(database: Database, tenant_id: str, values: dict[str, Any]) -> 
     return rows
 
 
-async def leave(connection: AsyncConnection, removed: Sequence[Mapping[str, Any]]) -> None:
-    """Note the document of chunks that are about to be removed: `tenant_id`, `document_id` and `keys` of each document."""
-    values = [
-        {"of_tenant": row["tenant_id"], "document_id": row["document_id"], "keys": row["keys"]} for row in removed
-    ]
-    await connection.execute(LEAVE, values)
+async def leave(connection: AsyncConnection, tenant_id: str, chunks: Sequence[tuple[str, str]]) -> None:
+    """Note the document of chunks, (document, chunk_key) each, that are about to be removed."""
+    ids, keys = zip(*chunks, strict=True)
+    await connection.execute(LEAVE, {"tenant_id": tenant_id, "ids": list(ids), "keys": list(keys)})
 
 
 async def erase(connection: AsyncConnection, tenant_id: str, ids: Sequence[str]) -> list[bytes]:
     """Remove the vectors of what these documents, about to be removed, say or said. The digest of each removed entry."""
-    return list((await connection.execute(ERASE, {"of_tenant": tenant_id, "ids": list(ids)})).scalars())
+    return list((await connection.execute(ERASE, {"tenant_id": tenant_id, "ids": list(ids)})).scalars())

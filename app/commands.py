@@ -29,6 +29,7 @@ from app import (
     search,
     server,
     settings,
+    spaces,
     tenants,
     terminal,
 )
@@ -36,6 +37,7 @@ from app.conditions import Conditions
 from app.database import Database, connect
 from app.embedding import Embedder
 from app.errors import BadInput, SetupError, WrongSetting
+from app.model import Model
 from app.search import Found
 from app.settings import Settings
 
@@ -54,8 +56,9 @@ async def opened(config: Settings) -> AsyncIterator[tuple[Database, Embedder]]:
     database = Database(config, config.database_url or "")
     try:
         await schema.check(database, embedder)
-        yield database, embedder
+        yield database, await spaces.current(database, config, embedder)
     finally:
+        await spaces.close(database)
         await database.close()
         await embedder.aclose()
 
@@ -160,22 +163,27 @@ async def asked(database: Database, embedder: Embedder, config: Settings, argume
         metadata=filters.parse(json_object(arguments.metadata, "--metadata"), "--metadata"),
     )
     mode: search.Mode = arguments.mode
-    vector = None
-    if mode != "text" or arguments.threshold is not None:
-        vector = await questions.vector(embedder, arguments.query)
     async with rerank.opened(config) as reranker:
-        return await search.search(
-            database,
-            config,
-            arguments.tenant,
-            vector,
-            top_k=arguments.top_k,
-            question=arguments.query,
-            threshold=arguments.threshold,
-            conditions=conditions,
-            options=search.Options(mode=mode),
-            stage=rerank.Stage(rerank.required(reranker), arguments.query) if arguments.rerank else None,
-        )
+
+        async def searched(embedder: Embedder) -> Found:
+            vector = None
+            if mode != "text" or arguments.threshold is not None:
+                vector = await questions.vector(embedder, arguments.query)
+            return await search.search(
+                database,
+                config,
+                arguments.tenant,
+                vector,
+                top_k=arguments.top_k,
+                question=arguments.query,
+                threshold=arguments.threshold,
+                conditions=conditions,
+                options=search.Options(mode=mode),
+                stage=rerank.Stage(rerank.required(reranker), arguments.query) if arguments.rerank else None,
+                space=Model(embedder.model, embedder.dimensions),
+            )
+
+        return await spaces.following(database, config, embedder, searched)
 
 
 def ask(arguments: Namespace, config: Settings) -> int:

@@ -5,6 +5,7 @@ ends, so that nothing is left on a pooled connection. Nobody but `Database.write
 """
 
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -17,10 +18,12 @@ from sqlalchemy.pool import NullPool
 
 from app import roles
 from app.errors import (
+    BeingErased,
     DatabaseUnavailable,
     PgrecallError,
     PoolExhausted,
     SchemaTooOld,
+    SpaceChanged,
     StorageFull,
     TimedOut,
     Unavailable,
@@ -34,6 +37,9 @@ log = logging.getLogger(__name__)
 
 IN_THE_WAY = frozenset({"40001", "40P01", "55P03"})
 """SQLSTATEs of a statement that another transaction got the better of: serialisation, deadlock, lock not to be had."""
+
+_OTHER_LENGTH = re.compile(r"different (vector|halfvec) dimensions|expected \d+ dimensions, not \d+")
+"""What pgvector says of a vector that has another length than the column."""
 
 SETTLE = 1.0
 """Seconds a write waits while its tenant is being erased before it is told to come again; it holds a connection so long."""
@@ -208,7 +214,7 @@ def _begun(config: Mapping[str, str], tenant_id: str, *, alone: bool) -> Select[
 def _busy(tenant_id: str, *, alone: bool) -> Unavailable:
     if alone:
         return Unavailable(f"writes to tenant {tenant_id!r} did not end within {WRITERS_END:.0f} s; try again", 10)
-    return Unavailable(f"tenant {tenant_id!r} is being erased; what is put afterwards stays; try again", 5)
+    return BeingErased(f"tenant {tenant_id!r} is being erased; what is put afterwards stays; try again")
 
 
 async def _run(pool: Pool, config: Mapping[str, str], statements: Sequence[Statement]) -> list[list[dict[str, Any]]]:
@@ -237,6 +243,8 @@ def _ours(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one f
             return PoolExhausted("the database accepts no more connections; try again")
         case psycopg.errors.DatabaseError() if error.sqlstate in IN_THE_WAY:
             return Unavailable("other work was in the way; try again")
+        case psycopg.errors.DataException() if _OTHER_LENGTH.search(str(error)):
+            return SpaceChanged()
         case psycopg.errors.DiskFull():
             return StorageFull(
                 "the database's disk is full and nothing of this was stored: free space there, or move the database to a "

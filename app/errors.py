@@ -7,8 +7,10 @@ PgrecallError
 ├── VersionConflict       If-Match or If-None-Match does not allow what is stored
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
+│   ├── BeingErased       the tenant is being erased
 │   ├── StorageFull       the database's disk is full
-│   └── PoolExhausted
+│   ├── PoolExhausted
+│   └── SpaceChanged      the embedding model was changed meanwhile; done again with the other one
 ├── TimedOut              the statement ran into its time limit
 ├── BudgetSpent           the tokens that embedding was allowed are spent
 ├── UpstreamFailed        a model server failed, after the retries it deserved
@@ -72,6 +74,13 @@ class DatabaseUnavailable(Unavailable):
     """The database cannot be reached."""
 
 
+class BeingErased(Unavailable):
+    """The tenant is being erased; what is put afterwards stays."""
+
+    def __init__(self, message: str = "", retry_after: int = 5) -> None:
+        super().__init__(message, retry_after)
+
+
 class StorageFull(Unavailable):
     """The database's disk is full."""
 
@@ -81,6 +90,17 @@ class StorageFull(Unavailable):
 
 class PoolExhausted(Unavailable):
     """Every database connection is in use."""
+
+
+class SpaceChanged(Unavailable):
+    """The embedding model has just been changed; try again.
+
+    `model` is the name and the dimensions of the one whose vectors are searched now, None where only a refusal was seen.
+    """
+
+    def __init__(self, model: tuple[str, int] | None = None) -> None:
+        super().__init__("the embedding model has just been changed; try again")
+        self.model = model
 
 
 class TimedOut(PgrecallError):

@@ -21,6 +21,7 @@ from app.database import Database
 from app.embedding import Embedder
 from app.errors import TimedOut
 from app.judgements import Question
+from app.model import Model
 from app.questions import vector as question_vector
 from app.rerank import Reranker
 from app.search import Mode, Options, Scan
@@ -154,6 +155,7 @@ async def run(
     A question is embedded once, unless words alone are searched; what that took counts in every mode that needs it. The
     modes take turns at going first, so that none always finds the pages another one has just read.
     """
+    space = Model(embedder.model, embedder.dimensions)
     for turn, question in enumerate(questions):
         vector, embedding = None, 0.0
         if set(modes) != {"text"}:
@@ -165,7 +167,7 @@ async def run(
         for mode in (*modes[first:], *modes[:first]):
             given, waited = (None, 0.0) if mode == "text" else (vector, embedding)
             begun = time.perf_counter()
-            found, scan = await best_documents(database, settings, question, given, k, mode, reranker)
+            found, scan = await best_documents(database, settings, question, given, k, mode, reranker, space)
             judged[mode] = Judged(question, found, 1000 * (waited + time.perf_counter() - begun), scan)
         yield {mode: judged[mode] for mode in modes}
 
@@ -178,6 +180,7 @@ async def best_documents(
     k: int,
     mode: Mode = "vector",
     reranker: Reranker | None = None,
+    space: Model | None = None,
 ) -> Ranked:
     """The k documents with the best chunks, best first, and the similarities of those; fewer if there are not k.
 
@@ -192,6 +195,7 @@ async def best_documents(
         top_k=k,
         options=Options(mode=mode, grouped=True),
         stage=None if reranker is None else rerank.Stage(reranker, question.text),
+        space=space,
     )
     if not found.scan.full:
         raise TimedOut("a search ran into its time limit, figures would be too low; raise PGRECALL_STATEMENT_TIMEOUT")

@@ -105,6 +105,9 @@ def change(
     if not 1 <= chosen <= 100:
         raise BadInput("--oversampling", f"{chosen:g} is not allowed; allowed: 1 to 100")
     with connect(url) as connection, alone(connection):
+        changing = "select name from embedding_models where state in ('filling', 'retired')"
+        if connection.execute(changing).fetchone() is not None:
+            raise SetupError("the embedding model is being changed: `pgrecall model` says what is left to do")
         row = connection.execute("select dimensions from embedding_models where state = 'active'").fetchone()
         dimensions = int(row[0]) if row else 0
         if kind == "full" and dimensions > INDEXED_AS_VECTOR:
@@ -153,7 +156,7 @@ def _build(connection: psycopg.Connection[Any], url: str, kind: Kind, dimensions
             continue
         if name in there:
             connection.execute(sql.SQL("drop index concurrently {}").format(sql.Identifier(name)))
-        with _watched(connection, url, partial(_tell, told, name, done, len(names))):
+        with watched(connection, url, partial(_tell, told, name, done, len(names))):
             connection.execute(definitions[name].replace("CREATE INDEX", "create index concurrently", 1).encode())
         comment = (
             f"HNSW ({kind}) over cosine distance for the tenants where hashtextextended(tenant_id, 0) & 15 = {done}."
@@ -188,7 +191,7 @@ def alone(connection: psycopg.Connection[Any]) -> Iterator[None]:
     """Keep other operations of this kind out. Raises SetupError while one is at work."""
     row = connection.execute("select pg_try_advisory_lock(%s)", (OPERATION_LOCK,)).fetchone()
     if not row or not row[0]:
-        raise SetupError("another `pgrecall index` is at work on this database: wait for it")
+        raise SetupError("another `pgrecall index` or `pgrecall model` is at work on this database: wait for it")
     try:
         yield
     finally:
@@ -197,7 +200,7 @@ def alone(connection: psycopg.Connection[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(connection: psycopg.Connection[Any], url: str, tell: Callable[[float], None]) -> Iterator[None]:
+def watched(connection: psycopg.Connection[Any], url: str, tell: Callable[[float], None]) -> Iterator[None]:
     """Tell how far the statement on `connection` is, twice a second, through a connection of its own."""
     finished = threading.Event()
     pid = connection.info.backend_pid

@@ -17,7 +17,7 @@ from app import pending, upsert
 from app.database import Database
 from app.drafts import MAX_TEXT_BYTES, Draft
 from app.embedding import Embedder
-from app.errors import EmbeddingFailed, PgrecallError, SetupError, Unavailable
+from app.errors import BeingErased, EmbeddingFailed, PgrecallError, SetupError, Unavailable
 from app.pending import Claim
 from app.settings import Settings
 from app.statements import rendered
@@ -77,7 +77,7 @@ async def work(
 ) -> Exception | None:
     """Complete these documents, or say of each why not; what is away, where something is.
 
-    Documents that wait for it are put off by `seconds`. Raises Unavailable and TimedOut where nothing could be written.
+    Documents that wait for it are put off by `seconds`. Raises Unavailable and TimedOut where nothing could be written, BeingErased for a tenant that goes.
     """
     claims = await _worth_trying(tools, counts, tenant_id, claims)
     if not claims:
@@ -85,6 +85,8 @@ async def work(
     try:
         documents = await _loaded(tools, tenant_id, claims)
         answers = await upsert.complete(tools.database, tools.embedder, tools.settings, tenant_id, documents)
+    except BeingErased:
+        raise  # no reason for other tenants to wait
     except AWAY as error:
         await _put_off(tools, counts, tenant_id, claims, seconds, error)
         return error

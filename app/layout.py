@@ -108,7 +108,7 @@ def note(database: Database, values: Mapping[str, Any], shape: Hashable, *, larg
 
 
 def forget(database: Database) -> None:
-    """Forget all that is known of a database: the conditions of searches may name what was erased."""
+    """Forget all that is known of a database: its searches may name what was erased, or its vectors are others now."""
     _known.pop(database, None)
 
 

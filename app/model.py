@@ -1,8 +1,9 @@
-"""Which embedding model, and so which vector space, this database holds."""
+"""Which embedding models, and so which vector spaces, this database holds. `embedding_models` has a row for each."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import Text, cast, literal, select
 
 from app.database import Database
 from app.embedding import Embedder
@@ -11,10 +12,8 @@ from app.settings import LOCAL_MODEL
 from app.statements import rendered
 from app.tables import embedding_models
 
-ACTIVE = rendered(
-    select(embedding_models.c.name, embedding_models.c.dimensions).where(embedding_models.c.state == "active")
-)
-"""The model whose vectors are searched."""
+State = Literal["active", "filling", "retired", "dropped"]
+Provider = Literal["local", "openai"]
 
 
 class Model(NamedTuple):
@@ -23,25 +22,83 @@ class Model(NamedTuple):
     name: str
     dimensions: int
 
+    @property
+    def tag(self) -> str:
+        """What SPACE gives for it."""
+        return f"{self.dimensions} {self.name}"
+
+
+class Recorded(NamedTuple):
+    """A row of `embedding_models`. `provider` None: the one that is configured."""
+
+    name: str
+    dimensions: int
+    state: State
+    provider: Provider | None
+    base_url: str | None
+
+    @property
+    def model(self) -> Model:
+        """Its space."""
+        return Model(self.name, self.dimensions)
+
+
+_columns = [embedding_models.c[name] for name in Recorded._fields]
+
+RECORDED = select(*_columns)
+"""Every model this database has, or has had, vectors of."""
+
+KEPT = select(*_columns).where(embedding_models.c.state != "dropped")
+"""The model that is searched and, while it is being changed, the other whose vectors are kept in step."""
+
+SPACE = (
+    select(cast(embedding_models.c.dimensions, Text).concat(literal(" ")).concat(embedding_models.c.name))
+    .where(embedding_models.c.state == "active")
+    .scalar_subquery()
+)
+"""The space that is searched, in the snapshot of the statement it stands in. See `Model.tag`."""
+
+_RECORDED = rendered(RECORDED)
+NOW_SEARCHED = rendered(select(SPACE.label("space")))
+"""The same by itself."""
+
+
+def tagged(tag: str) -> Model:
+    """The model with this tag."""
+    dimensions, _, name = tag.partition(" ")
+    return Model(name, int(dimensions))
+
+
+async def every(database: Database, *, replica: bool = False) -> list[Recorded]:
+    """All models that are recorded."""
+    rows = await database.fetch_public(_RECORDED.with_values("recorded models", {}), replica=replica)
+    return [Recorded(**row) for row in rows]
+
 
 async def recorded(database: Database, *, replica: bool = False) -> Model:
     """The model this database's vectors are of."""
-    (row,) = await database.fetch_public(ACTIVE.with_values("active model", {}), replica=replica)
-    return Model(**row)
+    return active(await every(database, replica=replica)).model
 
 
-def check(recorded_model: Model, configured: Embedder) -> None:
-    """Raise ModelMismatch, saying what to run, unless the database holds what is configured."""
-    if (configured.model, configured.dimensions) != recorded_model:
+def active(models: Sequence[Recorded]) -> Recorded:
+    """The one that is searched."""
+    return next(each for each in models if each.state == "active")
+
+
+def check(models: Sequence[Recorded], configured: Embedder) -> None:
+    """Raise ModelMismatch, saying what to run, unless the database holds, or has held, what is configured."""
+    searched = active(models)
+    if (configured.model, configured.dimensions) not in {each.model for each in models}:
         use = (
             "PGRECALL_EMBEDDER=local"
-            if recorded_model.name == LOCAL_MODEL
-            else f"OPENAI_API_KEY or OPENAI_BASE_URL, PGRECALL_EMBEDDING_MODEL={recorded_model.name} and "
-            f"PGRECALL_EMBEDDING_DIMENSIONS={recorded_model.dimensions}"
+            if searched.name == LOCAL_MODEL
+            else f"OPENAI_API_KEY or OPENAI_BASE_URL, PGRECALL_EMBEDDING_MODEL={searched.name} and "
+            f"PGRECALL_EMBEDDING_DIMENSIONS={searched.dimensions}"
         )
         raise ModelMismatch(
-            f"this database holds vectors of {recorded_model.name} with {recorded_model.dimensions} dimensions, but "
+            f"this database holds vectors of {searched.name} with {searched.dimensions} dimensions, but "
             f"{configured.model} with {configured.dimensions} is configured. Either use the model it holds: set {use}. Or "
-            "make another database for the configured one: set DATABASE_URL or PGRECALL_DATA_DIR to it and run "
+            "change its model: `pgrecall model plan` with the settings of the model it holds. Or make another database for "
+            "the configured one: set DATABASE_URL or PGRECALL_DATA_DIR to it and run "
             "`pgrecall migrate`; a database that is still empty can be made anew with `alembic downgrade base` first"
         )

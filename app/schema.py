@@ -13,7 +13,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, text
 
-from app import local, model, roles
+from app import local, model, roles, spaces
 from app.database import Database, connect, translated
 from app.embedding import Embedder
 from app.errors import SchemaTooOld, SetupError, Unsafe
@@ -26,7 +26,7 @@ from app.tables import Kind
 VERSION_TABLE = "pgrecall_revision"
 """Alembic's table, under a name that leaves a team's own Alembic in the same database alone."""
 
-REQUIRED = "0005"
+REQUIRED = "0006"
 """The oldest revision this release works on. Revisions are numbered, so newer ones compare as greater."""
 
 _INI = Path(__file__).resolve().parent.parent / "alembic.ini"
@@ -206,9 +206,11 @@ async def check(database: Database, embedder: Embedder) -> Readiness:
     async def look(*, replica: bool) -> tuple[str, Model]:
         await preflight(database, replica=replica)
         found = await revision(database, replica=replica)
-        recorded = await model.recorded(database, replica=replica)
-        model.check(recorded, embedder)
-        return found, recorded
+        models = await model.every(database, replica=replica)
+        model.check(models, embedder)
+        if not replica:
+            spaces.learn(database, models)
+        return found, model.active(models).model
 
     found, recorded = await look(replica=False)
     standing = None if database.replica is None else await database.replica.examine(lambda: look(replica=True))

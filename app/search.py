@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Select
 
-from app import diversity, fusion, layout, scans, text
+from app import diversity, fusion, layout, model, scans, text
 from app.conditions import Conditions, where_values
 from app.database import Database
-from app.errors import TimedOut
+from app.errors import SpaceChanged, TimedOut
 from app.fusion import Method, Mixed
+from app.model import Model
 from app.rerank import Stage
 from app.scans import Strategy, Wanted
 from app.settings import Settings
@@ -129,12 +130,15 @@ async def search(
     conditions: Conditions | None = None,
     options: Options | None = None,
     stage: Stage | None = None,
+    space: Model | None = None,
 ) -> Found:
     """The best chunks of `tenant_id`, at least as similar to `embedding` (shape (dimensions,)) as `threshold`.
 
     `question` is what the modes `text` and `hybrid` search the words of; `text` needs no embedding but for a threshold.
     With a `stage` the candidates are found as without one (grouped where they are to be, so that there are as many
     documents), then reranked, then chosen for diversity, then cut to top_k. Raises RerankFailed.
+
+    `space`: the model the embedding is of. Raises SpaceChanged where vectors of another one were searched.
     """
     conditions, options = conditions or Conditions(), options or Options()
     several = top_k
@@ -167,7 +171,7 @@ async def search(
         all_shown = options.mode == "text" and threshold is None and not options.grouped
         asked |= text.values(settings, question, several if all_shown else leg_k, conditions)
         asked |= {"vector_weight": options.vector_weight, "text_weight": options.text_weight}
-    walk = _Walk(database, tenant_id, conditions, wanted, asked, options)
+    walk = _Walk(database, tenant_id, conditions, wanted, asked, options, space if embedding is not None else None)
     found = await _words(walk) if options.mode == "text" else await _nearest(walk, plan, threshold)
     if stage is not None:
         found = await _reranked(walk, found, stage)
@@ -249,6 +253,7 @@ class _Walk:
     wanted: Wanted
     values: dict[str, Any]
     options: Options
+    space: Model | None
     steps: list[Step] = field(default_factory=list)
     vectors: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
@@ -261,7 +266,16 @@ class _Walk:
             statement = _mixed(self.conditions, mixed).with_values(name, self.values)
             config = config | text.CONFIG
         begun = time.perf_counter()
-        (rows,) = await self.database.fetch(self.tenant_id, [statement], config)
+        try:
+            (rows,) = await self.database.fetch(self.tenant_id, [statement], config)
+        except SpaceChanged:  # the lengths differ, which is all the server says
+            layout.forget(self.database)
+            asked = model.NOW_SEARCHED.with_values("model searched", {})
+            ((row,),) = await self.database.fetch(self.tenant_id, [asked])
+            raise SpaceChanged(model.tagged(row["space"])) from None
+        if self.space is not None and rows[0]["space"] != self.space.tag:
+            layout.forget(self.database)
+            raise SpaceChanged(model.tagged(rows[0]["space"]))
         self.steps.append(Step(statement, config, 1000 * (time.perf_counter() - begun)))
         return rows
 
@@ -303,5 +317,6 @@ def _kept(key: Hashable, build: Callable[[], Select[Any]]) -> Rendered:
     if key not in _CACHE:
         if len(_CACHE) >= _CACHED:
             _CACHE.clear()
-        _CACHE[key] = rendered(build())
+        # In the snapshot that the rows are read in: the model whose vectors they have.
+        _CACHE[key] = rendered(build().add_columns(model.SPACE.label("space")))
     return _CACHE[key]

@@ -42,7 +42,7 @@ def variable(field: str) -> str:
 
 
 UNPREFIXED = frozenset({"database_url", "database_read_url", "openai_api_key", "openai_base_url"})
-SECRET = frozenset({"openai_api_key", "rerank_key"})
+SECRET = frozenset({"openai_api_key", "other_api_key", "rerank_key"})
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,6 +59,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     embedder: Literal["auto", "local", "openai"] = "auto"
     embedding_model: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
     embedding_dimensions: Dimensions | None = None
+    other_api_key: Annotated[str, Meta(min_length=1)] | None = None
     embedding_concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
     embedding_timeout: Annotated[float, Meta(gt=0, le=600)] = 30.0
     embedding_retries: Annotated[int, Meta(ge=0, le=10)] = 4

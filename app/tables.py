@@ -102,11 +102,28 @@ embedding_models = Table(
         Text,
         nullable=False,
         server_default="active",
-        comment="active: searched. filling: being prepared. retired: no longer searched.",
+        comment="active: searched. filling: being prepared beside it. retired: searched until lately and kept in step, for a rollback. dropped: its vectors are gone.",
     ),
     _moment("created_at", comment="When the model was recorded here."),
+    Column(
+        "provider",
+        Text,
+        comment="local: the model inside the package. openai: a server that speaks OpenAI's protocol. Null until a change of the model records it.",
+    ),
+    Column(
+        "base_url",
+        Text,
+        comment="The server's address where it is not OpenAI's; the key is in the environment of each process.",
+    ),
+    Column(
+        "filled",
+        BigInteger,
+        comment="How many chunks had a vector of it when that was last counted; null for a model nothing was filled for.",
+    ),
+    _moment("changed_at", comment="When its state last changed."),
     PrimaryKeyConstraint("name", "dimensions"),
-    CheckConstraint("state in ('active', 'filling', 'retired')", name="state"),
+    CheckConstraint("state in ('active', 'filling', 'retired', 'dropped')", name="state"),
+    CheckConstraint("provider in ('local', 'openai')", name="provider"),
     comment="The embedding models whose vectors this database holds. Exactly one is active.",
 )
 Index(
@@ -432,6 +449,9 @@ views = MetaData()
 tenant_sources = Table("tenant_sources", views, *(Column(c.name, c.type) for c in sources.columns))
 tenant_documents = Table("tenant_documents", views, *(Column(c.name, c.type) for c in documents.columns))
 tenant_document_terms = Table("tenant_document_terms", views, *(Column(c.name, c.type) for c in document_terms.columns))
+
+shadow = Table("pgrecall_run_documents", views, *(Column(c.name, c.type) for c in documents.columns))
+"""The same chunks with the vectors of another model, while the model is being changed. Made and dropped at run time."""
 
 
 def default_kind(dimensions: int) -> Kind:

@@ -14,19 +14,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ARRAY, Text, bindparam, case, delete, func, insert, select, tuple_, update
+from sqlalchemy import ARRAY, Text, bindparam, case, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app import bulk, cache, chunking, pending, terms
+from app import bulk, cache, chunking, pending, shadow, spaces, terms
 from app.batching import named
 from app.chunking import Chunk
 from app.database import Database
 from app.drafts import Draft, check
 from app.embedding import Embedder
-from app.errors import BadInput, EmbeddingFailed, PgrecallError, TooLarge, Unavailable, VersionConflict
+from app.errors import BadInput, EmbeddingFailed, PgrecallError, SpaceChanged, TooLarge, Unavailable, VersionConflict
 from app.meter import Meter
 from app.settings import Settings
+from app.shadow import Cutter
 from app.statements import rendered
 from app.tables import documents, sources, tenant_documents, tenant_sources
 from app.tags import tag
@@ -139,15 +140,44 @@ async def put(
     `later`: store the texts only; a worker cuts and embeds them, and until then searches find what they find now.
     Documents that bring their vectors are stored whole all the same.
     """
-    plans = await asyncio.to_thread(_plan, embedder, settings, drafts, token_limit, later=later)
+    await _expect(database, embedder, settings, drafts)
+
+    async def stored_in(space: Embedder) -> list[Outcome]:
+        return await _put(database, space, settings, tenant_id, drafts, expected, token_limit, meter, later=later)
+
+    return await spaces.following(database, settings, embedder, stored_in)
+
+
+async def _expect(database: Database, embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) -> None:
+    await spaces.expect(
+        database, settings, embedder, [len(draft.embedding) for draft in drafts if draft.embedding is not None]
+    )
+
+
+async def _put(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    expected: Container[str | None] | None,
+    token_limit: int | None,
+    meter: Meter | None,
+    *,
+    later: bool,
+) -> list[Outcome]:
+    cutter = await shadow.cutter(database, embedder, settings)
+    plans = await asyncio.to_thread(_plan, cutter, settings, drafts, token_limit, later=later)
     for _ in range(TRIES):
         stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans])
         vectors, faults = await _vectors(database, embedder, settings, tenant_id, plans, stored, meter)
         if faults:
             raise _together(faults, len(plans))
+        beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors))
         try:
             async with database.write(tenant_id) as connection:
-                outcomes, unfolded = await _write(connection, tenant_id, plans, vectors, stored, expected)
+                space = _Space(database, embedder, beside)
+                outcomes, unfolded = await _write(connection, space, tenant_id, plans, vectors, stored, expected)
                 if any(outcome.state == "pending" for outcome in outcomes):
                     await pending.ring(database, connection)
         except _Overtaken:
@@ -173,7 +203,24 @@ async def put_each(
     drafts, and what the database fails with.
     """
     _check_count(drafts)
-    planned = await asyncio.to_thread(_plan_each, embedder, settings, drafts)
+    await _expect(database, embedder, settings, drafts)
+
+    async def stored_in(space: Embedder) -> list[Outcome | Fault]:
+        return await _put_each(database, space, settings, tenant_id, drafts, meter)
+
+    return await spaces.following(database, settings, embedder, stored_in)
+
+
+async def _put_each(
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    drafts: Sequence[Draft],
+    meter: Meter | None,
+) -> list[Outcome | Fault]:
+    cutter = await shadow.cutter(database, embedder, settings)
+    planned = await asyncio.to_thread(_plan_each, cutter, settings, drafts)
     answers: list[Outcome | Fault | None] = [item if isinstance(item, Fault) else None for item in planned]
     plans = {index: item for index, item in enumerate(planned) if isinstance(item, _Plan)}
     if not plans:
@@ -186,13 +233,14 @@ async def put_each(
         for index, error in left_out.items():
             if error is not None:
                 answers[index] = _fault(plans.pop(index).draft, error)
+        beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors)) if plans else None
         try:
             outcomes: list[Outcome] = []
             unfolded = 0
             if plans:
                 async with database.write(tenant_id) as connection:
-                    every = list(plans.values())
-                    outcomes, unfolded = await _write(connection, tenant_id, every, vectors, stored, None)
+                    every, space = list(plans.values()), _Space(database, embedder, beside)
+                    outcomes, unfolded = await _write(connection, space, tenant_id, every, vectors, stored, None)
         except _Overtaken:
             continue
         if unfolded > terms.FOLD_AFTER:
@@ -211,8 +259,19 @@ async def complete(
     Version and updated_at stay, unless SQL changed the text without counting the version. None: the document was
     replaced or deleted meanwhile, and nothing was written for it. Raises what the database fails with.
     """
+
+    async def completed_in(space: Embedder) -> list[Outcome | Fault | None]:
+        return await _complete(database, space, settings, tenant_id, claimed)
+
+    return await spaces.following(database, settings, embedder, completed_in)
+
+
+async def _complete(
+    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, claimed: Sequence[Claimed]
+) -> list[Outcome | Fault | None]:
     wanted = {each.draft.id: each.version for each in claimed}
-    planned = await asyncio.to_thread(_plan_each, embedder, settings, [each.draft for each in claimed])
+    cutter = await shadow.cutter(database, embedder, settings)
+    planned = await asyncio.to_thread(_plan_each, cutter, settings, [each.draft for each in claimed])
     answers: dict[str, Outcome | Fault] = {item.id: item for item in planned if isinstance(item, Fault)}
     for _ in range(TRIES):
         stored = await _stored(database, tenant_id, list(wanted))
@@ -222,12 +281,14 @@ async def complete(
         vectors, faults = await _vectors(database, embedder, settings, tenant_id, plans, stored, None)
         answers |= {plans[index].draft.id: _fault(plans[index].draft, error) for index, error in faults.items()}
         plans = [plan for index, plan in enumerate(plans) if index not in faults]
+        beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors)) if plans else None
         try:
             outcomes: list[Outcome] = []
             unfolded = 0
             if plans:
                 async with database.write(tenant_id) as connection:
-                    outcomes, unfolded = await _finish(connection, tenant_id, plans, vectors, wanted)
+                    space = _Space(database, embedder, beside)
+                    outcomes, unfolded = await _finish(connection, space, tenant_id, plans, vectors, wanted)
         except _Overtaken:
             continue
         if unfolded > terms.FOLD_AFTER:
@@ -291,7 +352,12 @@ def _check_count(drafts: Sequence[Draft]) -> None:
 
 
 def _plan(
-    embedder: Embedder, settings: Settings, drafts: Sequence[Draft], token_limit: int | None, *, later: bool = False
+    embedder: Embedder | Cutter,
+    settings: Settings,
+    drafts: Sequence[Draft],
+    token_limit: int | None,
+    *,
+    later: bool = False,
 ) -> list[_Plan]:
     _check_count(drafts)
     own = []
@@ -309,7 +375,7 @@ def _plan(
     return [_cut(embedder, settings, draft, vector, later=later) for draft, vector in zip(drafts, own, strict=True)]
 
 
-def _plan_each(embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) -> list[_Plan | Fault]:
+def _plan_each(embedder: Embedder | Cutter, settings: Settings, drafts: Sequence[Draft]) -> list[_Plan | Fault]:
     planned: list[_Plan | Fault] = []
     seen: dict[str, int] = {}
     for index, draft in enumerate(drafts):
@@ -326,7 +392,7 @@ def _plan_each(embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) 
 
 
 def _cut(
-    embedder: Embedder,
+    embedder: Embedder | Cutter,
     settings: Settings,
     draft: Draft,
     own: npt.NDArray[np.float32] | None,
@@ -344,14 +410,15 @@ def _cut(
     return _Plan(draft, cache.digest(draft.content), chunks, _chunker(embedder, settings), embedder.model, None)
 
 
-def _uncut(embedder: Embedder, settings: Settings, draft: Draft, *, later: bool = False) -> _Plan:
+def _uncut(embedder: Embedder | Cutter, settings: Settings, draft: Draft, *, later: bool = False) -> _Plan:
     own = None if draft.embedding is None else np.asarray(draft.embedding, np.float32)
     chunker = _chunker(embedder, settings) if own is None else "whole"
     return _Plan(draft, cache.digest(draft.content), [], chunker, embedder.model, own, later)
 
 
-def _chunker(embedder: Embedder, settings: Settings) -> str:
-    return f"{chunking.VERSION}/{min(settings.chunk_max_tokens, embedder.max_tokens)}/{settings.chunk_overlap_tokens}"
+def _chunker(embedder: Embedder | Cutter, settings: Settings) -> str:
+    rules = f"{chunking.VERSION}/{min(settings.chunk_max_tokens, embedder.max_tokens)}/{settings.chunk_overlap_tokens}"
+    return rules + (embedder.fits if isinstance(embedder, Cutter) else "")
 
 
 def _fault(draft: Draft, error: PgrecallError) -> Fault:
@@ -373,7 +440,7 @@ def _together(faults: Mapping[int, PgrecallError], count: int) -> PgrecallError:
     return next(iter(faults.values()))
 
 
-def _check_tokens(embedder: Embedder, texts: list[str], limit: int) -> None:
+def _check_tokens(embedder: Embedder | Cutter, texts: list[str], limit: int) -> None:
     # No tokenizer makes more tokens than bytes, so a small request is let through without counting.
     if sum(len(text.encode()) for text in texts) <= limit:
         return
@@ -404,13 +471,14 @@ class _Stored(NamedTuple):
     embedding_model: str | None
 
     def reusable(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None = None) -> set[str]:
-        """Chunks whose rows can stay: same text, same model, and embedded here or brought again as it is stored.
+        """Chunks whose rows can stay: same text, and embedded here or brought again as it is stored.
 
         The keys are those of the rows that are there, whether or not a newer text is pending beside them.
         """
-        same_space = self.embedding_origin == plan.origin and self.embedding_model == plan.model
+        # Not by embedding_model: `documents` is wholly in the active space, the names follow a change of the model later.
+        same_origin = self.embedding_origin == plan.origin
         same_vector = plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding))
-        return set(self.chunk_keys) if same_space and same_vector else set()
+        return set(self.chunk_keys) if same_origin and same_vector else set()
 
     def matches(self, plan: _Plan, embedding: npt.NDArray[np.float32] | None) -> bool:
         """Whether writing the plan would change nothing. `embedding`: the stored vector of a document that brought one."""
@@ -420,7 +488,7 @@ class _Stored(NamedTuple):
             and (self.title, self.doc_type) == (plan.draft.title, plan.draft.doc_type)
             and _same(self.metadata, plan.draft.metadata)
             and plan.draft.created_at in (None, self.created_at)
-            and (self.chunker, self.embedding_origin, self.embedding_model) == (plan.chunker, plan.origin, plan.model)
+            and (self.chunker, self.embedding_origin) == (plan.chunker, plan.origin)
             and (plan.own is None or (embedding is not None and np.array_equal(plan.own, embedding)))
         )
 
@@ -469,32 +537,10 @@ OWN_VECTORS = select(tenant_documents.c.id, tenant_documents.c.embedding).where(
 NOW = select(func.now())
 """When this transaction began: the updated_at of every row it writes."""
 
-REMOVE_CHUNKS = delete(documents).where(
-    documents.c.tenant_id == _tenant,
-    documents.c.id == bindparam("document_id", type_=Text),
-    documents.c.chunk_key == func.any(bindparam("keys", type_=ARRAY(Text))),
-)
+REMOVE_CHUNKS = shadow.removing(documents)
 """Chunks of one document that are no longer in its text."""
 
-RELABEL_CHUNKS = (
-    update(documents)
-    .where(
-        documents.c.tenant_id == _of_tenant,
-        documents.c.id == bindparam("document_id", type_=Text),
-        tuple_(documents.c.doc_type, documents.c.metadata, documents.c.created_at).is_distinct_from(
-            tuple_(
-                bindparam("new_doc_type", type_=documents.c.doc_type.type),
-                bindparam("new_metadata", type_=documents.c.metadata.type),
-                bindparam("new_created_at", type_=documents.c.created_at.type),
-            )
-        ),
-    )
-    .values(
-        doc_type=bindparam("new_doc_type"),
-        metadata=bindparam("new_metadata"),
-        created_at=bindparam("new_created_at"),
-    )
-)
+RELABEL_CHUNKS = shadow.relabelling(documents)
 """Type, metadata and date of the chunks that stay, where they differ."""
 
 CREATE = upsert_into(sources).on_conflict_do_nothing().returning(sources.c.id)
@@ -605,8 +651,23 @@ async def _vectors(
     return dict(zip(texts, attempt.vectors, strict=True)), faults
 
 
+class _Space(NamedTuple):
+    """Whose vectors are written: the embedder's, and beside them those of another model while it is being changed."""
+
+    database: Database
+    embedder: Embedder
+    beside: shadow.Beside | None
+
+    async def check(self, connection: AsyncConnection) -> None:
+        """Raise SpaceChanged unless these are what the database wants. To be called with `sources` locked."""
+        other = await spaces.locked(connection, self.database, self.embedder)
+        if (other and other.model) != (self.beside and self.beside.model):
+            raise SpaceChanged((self.embedder.model, self.embedder.dimensions))
+
+
 async def _write(
     connection: AsyncConnection,
+    space: _Space,
     tenant_id: str,
     plans: Sequence[_Plan],
     vectors: Mapping[str, npt.NDArray[np.float32]],
@@ -616,6 +677,7 @@ async def _write(
     now: datetime = (await connection.execute(NOW)).scalar_one()
     created = await _create(connection, tenant_id, [plan for plan in plans if plan.draft.id not in seen], now)
     locked, own = await _lock(connection, tenant_id, [plan for plan in plans if plan.draft.id not in created])
+    await space.check(connection)
     rows = _Rows([], [], [], [], [])
     outcomes = []
     for plan in plans:
@@ -629,11 +691,12 @@ async def _write(
             )
         else:
             outcomes.append(_difference(rows, tenant_id, plan, before, own.get(plan.draft.id), vectors, now))
-    return outcomes, await _apply(connection, tenant_id, rows)
+    return outcomes, await _apply(connection, space, tenant_id, rows, plans)
 
 
 async def _finish(
     connection: AsyncConnection,
+    space: _Space,
     tenant_id: str,
     plans: Sequence[_Plan],
     vectors: Mapping[str, npt.NDArray[np.float32]],
@@ -642,6 +705,7 @@ async def _finish(
     """Write what was pending under the versions `wanted` and still is; the labels are those of now."""
     values = {"tenant_id": tenant_id, "ids": [plan.draft.id for plan in plans]}
     locked = {row.id: row for row in await connection.execute(LOCKED_PENDING, values)} if plans else {}
+    await space.check(connection)
     rows = _Rows([], [], [], [], [])
     outcomes = []
     for plan in plans:
@@ -654,15 +718,17 @@ async def _finish(
         values = _renamed(tenant_id, before.id, plan.places())
         version, updated_at = (await connection.execute(COMPLETE, values)).one()
         outcomes.append(Outcome(before.id, "updated", version, updated_at, fresh, kept, stale))
-    return outcomes, await _apply(connection, tenant_id, rows)
+    return outcomes, await _apply(connection, space, tenant_id, rows, plans)
 
 
-async def _apply(connection: AsyncConnection, tenant_id: str, rows: "_Rows") -> int:
+async def _apply(
+    connection: AsyncConnection, space: _Space, tenant_id: str, rows: "_Rows", plans: Sequence[_Plan]
+) -> int:
     """Write the rows. How many rows the tenant's statistics could be folded from."""
     gone = [(row["document_id"], key) for row in rows.removed for key in row["keys"]]
     if gone:
         await terms.forget(connection, tenant_id, gone)
-        await cache.leave(connection, rows.removed)
+        await cache.leave(connection, tenant_id, gone)
     for statement, values in (
         (REMOVE_CHUNKS, rows.removed),
         (RELABEL_CHUNKS, rows.relabelled),
@@ -674,6 +740,11 @@ async def _apply(connection: AsyncConnection, tenant_id: str, rows: "_Rows") -> 
             await bulk.add_chunks(connection, tenant_id, values)
         elif values:
             await connection.execute(ADD_CHUNKS if statement is None else statement, values)
+    if space.beside is not None:
+        callers = {plan.draft.id for plan in plans if plan.own is not None}
+        await shadow.write(
+            connection, space.beside, removed=rows.removed, relabelled=rows.relabelled, added=rows.added, own=callers
+        )
     added = [(row["id"], row["chunk_key"]) for row in rows.added]
     return await terms.learn(connection, tenant_id, added) if added else 0
 

@@ -23,10 +23,10 @@ from typing import Literal
 import msgspec
 import psycopg
 
-from app import jobs, pending, schema
+from app import jobs, pending, schema, spaces
 from app.database import Database, translated
 from app.embedding import Embedder
-from app.errors import DatabaseUnavailable, PgrecallError, SchemaTooOld, TimedOut, Unavailable
+from app.errors import BeingErased, DatabaseUnavailable, PgrecallError, SchemaTooOld, TimedOut, Unavailable
 from app.jobs import Counts, Tools
 from app.pending import Claim
 from app.settings import Settings
@@ -194,6 +194,8 @@ class Worker:
             elif counts.ready and self._pause:
                 log.info("worker %s goes on", self.name)
                 self._pause = 0.0
+        except BeingErased:
+            self._owed(tenant_id, ids)  # which is nothing once it is done; the other tenants do not wait for it
         except (Unavailable, TimedOut) as error:
             # The database is away; what is held stays so, and is renewed or given back when it is there again.
             self._pause_for(error)
@@ -350,6 +352,7 @@ async def beside(embedder: Embedder, settings: Settings) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        await spaces.close(database)
         await database.close()
 
 

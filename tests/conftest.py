@@ -19,7 +19,7 @@ import pytest
 from msgspec.structs import replace
 from psycopg import sql
 
-from app import embedded, local, schema
+from app import embedded, local, schema, spaces
 from app.database import Database
 from app.embedding import Embedder, open_embedder
 from app.settings import Settings
@@ -185,6 +185,7 @@ def owner(owner_url: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
 async def database(settings: Settings) -> AsyncIterator[Database]:
     opened = Database(settings, settings.database_url or "")
     yield opened
+    await spaces.close(opened)
     await opened.close()
 
 

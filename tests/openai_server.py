@@ -206,7 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Silence: the calls are recorded."""
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        size = int(self.headers.get("Content-Length", 0))
+        sent = self.rfile.read(size)
+        if len(sent) < size:  # the client was killed while it spoke
+            self.close_connection = True
+            return
+        body = json.loads(sent)
         headers = {name.lower(): value for name, value in self.headers.items()}
         call = Call(self.path, headers, body, time.monotonic())
         with self.fake._lock:

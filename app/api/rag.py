@@ -18,13 +18,16 @@ from litestar.params import Body
 from litestar.response import Stream
 from msgspec import Meta, Struct
 
-from app import questions, rag, search, text
+from app import questions, rag, search, spaces, text
 from app.api import operations, problems
 from app.api.search import FOUND, After, Before, DocType, Metadata, Rerank, TenantId, Threshold, TopK, asked, stage
 from app.api.service import Service
 from app.chat import Usage
 from app.drafts import check_text
+from app.embedding import Embedder
+from app.model import Model
 from app.rag import Done, Event, Failed, Given, Source, Token, Used
+from app.search import Found
 
 MAX_PROMPT_BYTES = 32_000
 T = TypeVar("T")
@@ -94,21 +97,26 @@ async def answer_question(
     reranking = stage(service.reranker, data.rerank, data.question)
     if data.system_prompt is not None:
         check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
-    vector = await _attended(request, _question(service, data))
+
+    async def searched(embedder: Embedder) -> tuple[Embedder, Found]:
+        vector = await _attended(request, _question(embedder, data))
+        return embedder, await search.search(
+            service.database,
+            service.settings,
+            data.tenant_id,
+            vector,
+            question=text.plain(data.question),
+            top_k=data.top_k,
+            threshold=data.threshold,
+            conditions=narrowed,
+            options=search.Options(mode=data.mode),
+            stage=reranking,
+            space=Model(embedder.model, embedder.dimensions),
+        )
+
     # All database work ends here: a stream holds no connection.
-    found = await search.search(
-        service.database,
-        service.settings,
-        data.tenant_id,
-        vector,
-        question=text.plain(data.question),
-        top_k=data.top_k,
-        threshold=data.threshold,
-        conditions=narrowed,
-        options=search.Options(mode=data.mode),
-        stage=reranking,
-    )
-    parts = (service.chat, service.embedder, data.question, found.hits)
+    embedder, found = await spaces.following(service.database, service.settings, service.embedder, searched)
+    parts = (service.chat, embedder, data.question, found.hits)
     options: dict[str, Any] = {"system_prompt": data.system_prompt, "settings": service.settings}
     if data.stream:
         return Stream(
@@ -139,8 +147,8 @@ async def _attended(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T
         await asyncio.wait((working, leaving))
 
 
-async def _question(service: Service, data: RagRequest) -> npt.NDArray[np.float32]:
-    ((vector, _),) = await questions.embed(service.embedder, data.tenant_id, [data.question], ["question"])
+async def _question(embedder: Embedder, data: RagRequest) -> npt.NDArray[np.float32]:
+    ((vector, _),) = await questions.embed(embedder, data.tenant_id, [data.question], ["question"])
     return vector
 
 

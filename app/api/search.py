@@ -16,13 +16,15 @@ from litestar.openapi.spec import Example
 from litestar.params import Body
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from app import explanation, filters, questions, rerank, scans, search, tenants
+from app import explanation, filters, questions, rerank, scans, search, spaces, tenants
 from app.api import operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
 from app.drafts import MAX_QUERY_BYTES, check_moment, check_range, check_text, check_vector
+from app.embedding import Embedder
 from app.errors import BadInput
 from app.explanation import Explanation
+from app.model import Model
 from app.questions import Embedded
 from app.rerank import Reranker, Stage
 from app.search import Hit, Options, Scan
@@ -299,22 +301,41 @@ async def search_several(
 
 async def _answers(service: Service, searches: Sequence[SearchRequest], places: Sequence[str]) -> list[SearchResponse]:
     """Everything is checked before anything is embedded, and embedded before a connection is taken."""
+
+    async def answered(embedder: Embedder) -> list[SearchResponse]:
+        return await _answers_of(service, embedder, searches, places)
+
+    if any(data.embedding is not None for data in searches):
+        await spaces.expect(
+            service.database,
+            service.settings,
+            service.embedder,
+            [len(data.embedding) for data in searches if data.embedding is not None],
+        )
+    return await spaces.following(service.database, service.settings, service.embedder, answered)
+
+
+async def _answers_of(
+    service: Service, embedder: Embedder, searches: Sequence[SearchRequest], places: Sequence[str]
+) -> list[SearchResponse]:
     checked = []
     for data, place in zip(searches, places, strict=True):
         try:
             reranking = stage(service.reranker, data.rerank, data.query)
-            checked.append((asked(data), _options(data), reranking, _given(service, data)))
+            checked.append((asked(data), _options(data), reranking, _given(embedder, data)))
         except BadInput as error:
             raise (error.under(place) if place else error) from None
     begun = time.perf_counter()
-    vectors = await _embedded(service, searches, places, [given for *_, given in checked])
+    vectors = await _embedded(embedder, searches, places, [given for *_, given in checked])
     embedding = 1000 * (time.perf_counter() - begun)
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def answered(index: int) -> SearchResponse:
         async with turn:
             narrowed, options, reranking, _ = checked[index]
-            return await _answer(service, searches[index], narrowed, options, reranking, vectors[index], embedding)
+            return await _answer(
+                service, embedder, searches[index], narrowed, options, reranking, vectors[index], embedding
+            )
 
     if len(searches) == 1:
         return [await answered(0)]
@@ -323,6 +344,7 @@ async def _answers(service: Service, searches: Sequence[SearchRequest], places: 
 
 async def _answer(
     service: Service,
+    embedder: Embedder,
     data: SearchRequest,
     narrowed: Conditions,
     options: Options,
@@ -342,6 +364,7 @@ async def _answer(
         conditions=narrowed,
         options=options,
         stage=reranking,
+        space=Model(embedder.model, embedder.dimensions),
     )
     response = SearchResponse(found.hits, len(found.hits), found.scan)
     if data.explain:
@@ -358,7 +381,7 @@ async def _answer(
     return response
 
 
-def _given(service: Service, data: SearchRequest) -> npt.NDArray[np.float32] | None:
+def _given(embedder: Embedder, data: SearchRequest) -> npt.NDArray[np.float32] | None:
     """The vector that came with a search, checked. Raises BadInput where the mode asks for something else."""
     both = data.query is not None and data.embedding is not None
     neither = data.query is None and data.embedding is None
@@ -366,11 +389,11 @@ def _given(service: Service, data: SearchRequest) -> npt.NDArray[np.float32] | N
         raise BadInput("query", "give either query or embedding, not both and not neither")
     if data.mode != "vector" and data.query is None:
         raise BadInput("query", f"is missing; the mode {data.mode} searches its words")
-    return None if data.embedding is None else check_vector(data.embedding, service.embedder.dimensions)
+    return None if data.embedding is None else check_vector(data.embedding, embedder.dimensions)
 
 
 async def _embedded(
-    service: Service,
+    embedder: Embedder,
     searches: Sequence[SearchRequest],
     places: Sequence[str],
     given: Sequence[npt.NDArray[np.float32] | None],
@@ -385,9 +408,7 @@ async def _embedded(
     for tenant_id, indices in needed.items():
         texts = [searches[index].query or "" for index in indices]
         fields = [f"{places[index]}.query".lstrip(".") for index in indices]
-        for index, embedded in zip(
-            indices, await questions.embed(service.embedder, tenant_id, texts, fields), strict=True
-        ):
+        for index, embedded in zip(indices, await questions.embed(embedder, tenant_id, texts, fields), strict=True):
             vectors[index] = embedded
     return vectors
 

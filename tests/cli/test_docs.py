@@ -34,7 +34,8 @@ VARIES = re.compile(
 )
 PATTERNS = {"moment": r"\S+?Z", "took": r"[\d.]+(?: ms)?", "number": r"(-?\d+\.\d+)", "left_out": r"(?s:.*?)"}
 PROGRESS = re.compile(
-    r"^(?:(?:ingest|compare) \d+ documents|search for \d+ queries|search with other settings|search as served and exactly) .*\n",
+    r"^(?:(?:ingest|compare) \d+ documents|search for \d+ queries|search with other settings|search as served and exactly"
+    r"|embed with \S+|building \S+|indexes|compare|sources follow) .*\n",
     re.MULTILINE,
 )
 ADDRESS = "http://127.0.0.1:8000"
@@ -228,6 +229,12 @@ def test_a_server_of_ones_own_embeds_searches_and_answers_as_the_page_on_models_
     settings = [command for command, _ in commands(page) if command.startswith("export ")]
     assert len(settings) == 3
     assert all(f"    {command}\n" in readme for command in settings)
+
+
+def test_the_page_on_changing_the_model_shows_what_each_step_prints(shell, root, openai):
+    openai.only_dimensions = 768
+    shell.places = {"http://localhost:11434/v1": openai.url}
+    check(shell, (root / "docs/model-change.md").read_text())
 
 
 def test_the_page_on_evaluation_shows_what_is_measured(shell, root):

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import httpx
+import psycopg
+from psycopg.types.json import Jsonb
 
 from tests.crash import prose
 from tests.crash.fleet import Fleet
@@ -14,6 +16,9 @@ from tests.crash.ledger import Ledger
 
 REFUSED = (400, 412, 413)
 DONE = (200, 201)
+
+
+INSERT = "insert into sources (tenant_id, id, content, metadata) values (%s, %s, %s, %s) on conflict do nothing"
 
 
 class Client(threading.Thread):
@@ -46,16 +51,19 @@ class Client(threading.Thread):
 
     def _one(self, http: httpx.Client) -> bool:
         """One request; whether it was answered with what was asked for."""
-        kind = self.generator.choices(["put", "batch", "shared", "later", "delete", "erase"], [45, 15, 12, 10, 15, 3])[
-            0
-        ]
+        kind = self.generator.choices(
+            ["put", "batch", "shared", "later", "sql", "delete", "erase"], [40, 14, 12, 14, 5, 12, 3]
+        )[0]
+        if kind == "sql":
+            return self._insert()
         own, mine = "common", f"own{self.number}"
         tenant = own if self.generator.random() < 0.7 else mine
         if kind == "erase":
             attempts = self.ledger.begin({key: (None, self.ledger.mark()) for key in self.ledger.known(mine)})
             return self._ask(attempts, lambda: http.delete(f"/tenants/{mine}"))
         if kind == "delete":
-            key = (tenant, f"{self.number}/{self.generator.randrange(5)}")
+            name = self.generator.choice([*range(5), *(f"sql{n}" for n in range(4))])
+            key = (tenant, f"{self.number}/{name}")
             attempts = self.ledger.begin({key: (None, self.ledger.mark())})
             return self._ask(attempts, lambda: http.delete(f"/documents/{key[1]}", params={"tenant_id": tenant}))
         if kind == "batch":
@@ -77,6 +85,23 @@ class Client(threading.Thread):
         body = {"tenant_id": key[0], "content": content, "metadata": {"mark": mark}}
         wait = {"wait": "false"} if kind == "later" and self.fleet.has_workers else {}
         return self._ask(attempts, lambda: http.put(f"/documents/{key[1]}", json=body, params=wait))
+
+    def _insert(self) -> bool:
+        """A document that comes by SQL, which no API process hears of."""
+        key = ("common", f"{self.number}/sql{self.generator.randrange(4)}")
+        content, mark = self._write(key)
+        attempts = self.ledger.begin({key: (content, mark)})
+        try:
+            with psycopg.connect(self.fleet.owner_url(), connect_timeout=5, autocommit=True) as owner:
+                done = owner.execute(INSERT, (*key, content, Jsonb({"mark": mark})))
+        except psycopg.OperationalError:
+            self.ledger.settle(attempts, acknowledged=False)
+            return False
+        if done.rowcount:
+            self.ledger.settle(attempts, acknowledged=True)
+        else:
+            self.ledger.refuse(attempts)
+        return True
 
     def _write(self, key):
         mark = self.ledger.mark()

@@ -10,9 +10,10 @@ from msgspec.structs import replace
 from app import cache, documents, erasure, holdings, questions, terms
 from app.database import Database
 from app.drafts import Draft
-from app.errors import NotFound, SetupError, TimedOut, Unavailable, VersionConflict
+from app.errors import BeingErased, NotFound, SetupError, TimedOut, Unavailable, VersionConflict
 from app.tables import GRANTS, RUN_PREFIX, bearing
 from app.upsert import put
+from app.worker import Worker
 from tests.conftest import DIMENSIONS
 
 OTTERS = "Otters eat fish. " + " ".join(f"They were seen at the {n}th mill of the river." for n in range(60))
@@ -193,7 +194,7 @@ async def test_a_put_during_an_erasure_is_told_to_come_again_and_holds_no_connec
 ):
     await write(Draft("a", OTTERS))
     async with database.write("acme", alone=True):
-        with pytest.raises(Unavailable, match="is being erased") as refused:
+        with pytest.raises(BeingErased, match="is being erased") as refused:
             await write(Draft("c", HERONS))
         assert refused.value.retry_after == 5
         (outcome,) = await write(Draft("c", HERONS), tenant="other")
@@ -293,3 +294,32 @@ def test_vacuum_takes_dead_rows_out_and_refuses_a_login_that_may_not(owner, owne
     assert erasure.vacuum(owner_url) > 0
     with pytest.raises(SetupError, match="VACUUM is for the owner"):
         erasure.vacuum(settings.database_url)
+
+
+async def test_writers_that_leave_the_same_texts_in_another_order_do_not_wait_in_a_circle(write, database, settings):
+    async def replaced(*names):
+        for turn in range(8):
+            texts = (OTTERS, HERONS) if turn % 2 else (HERONS, OTTERS)
+            await write(*(Draft(name, text) for name, text in zip(names, texts, strict=True)))
+
+    await asyncio.gather(replaced("a", "b"), replaced("d", "c"), replaced("f", "e"))
+    for name in ("a", "d", "e"):
+        assert (await erasure.document(database, settings, "acme", name)).complete
+
+
+async def test_a_worker_goes_on_for_other_tenants_while_one_is_erased(write, database, embedder, settings, owner):
+    for tenant in ("acme", "other"):
+        owner.execute("insert into sources (tenant_id, id, content) values (%s, 'a', 'Otters eat fish.')", (tenant,))
+    working = Worker(database, embedder, settings)
+    async with database.write("acme", alone=True):
+        task = asyncio.create_task(working.run())
+        async with asyncio.timeout(60):
+            while owner.execute("select count(*) from sources where state = 'ready'").fetchone() != (1,):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert working._pause == 0
+    assert owner.execute("select tenant_id from sources where state = 'ready'").fetchall() == [("other",)]
+    async with asyncio.timeout(60):
+        while owner.execute("select count(*) from sources where state = 'ready'").fetchone() != (2,):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,98 @@
+"""A server that was started before a change of the embedding model goes on through it."""
+
+import asyncio
+
+import pytest
+
+from app import change
+from app.errors import SetupError
+from tests.conftest import DIMENSIONS
+from tests.database.test_models import CATS, HERONS, LENGTH, NEW, OTTERS, Steps, steps, vectors
+from tests.openai_server import embedding
+
+__all__ = ["steps"]
+ALL = (CATS, HERONS, OTTERS)
+
+
+async def put(client, name, content, **fields):
+    answer = await client.put(f"/documents/{name}", json={"tenant_id": "acme", "content": content, **fields})
+    assert answer.status_code in (200, 201), answer.text
+    return answer.json()
+
+
+async def best(client, **fields):
+    answer = await client.post("/search", json={"tenant_id": "acme", "top_k": 1, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["results"][0]["id"]
+
+
+async def test_a_server_serves_through_a_change_without_being_started_anew(client, steps: Steps, owner):
+    for name, text in zip(("cats", "herons", "otters"), ALL, strict=True):
+        await put(client, name, text)
+    await steps.prepare()
+    await put(client, "herons", HERONS, doc_type="bird")
+    assert await best(client, query="what do otters eat") == "otters"
+    await steps.switch()
+    for mode in ("vector", "hybrid", "text"):
+        assert await best(client, query="what do otters eat", mode=mode) == "otters"
+    batch = await client.post(
+        "/search/batch", json={"searches": [{"tenant_id": "acme", "query": text, "top_k": 1} for text in ALL]}
+    )
+    assert [each["results"][0]["id"] for each in batch.json()["answers"]] == ["cats", "herons", "otters"]
+    answer = await client.post("/rag", json={"tenant_id": "acme", "question": "when do cats hunt"})
+    assert answer.json()["sources"][0]["id"] == "cats"
+    assert vectors(owner) == [(text, LENGTH, True) for text in ALL]
+    await steps.rollback()
+    answer = await client.post("/rag", json={"tenant_id": "acme", "question": "when do cats hunt"})
+    assert answer.json()["sources"][0]["id"] == "cats"
+    assert await best(client, query="what do otters eat", explain="analyze") == "otters"
+    await steps.switch()
+    await steps.finish()
+    ready = (await client.get("/health/ready")).json()
+    assert (ready["embedding_model"], ready["embedding_dimensions"]) == (NEW, LENGTH)
+    assert (await put(client, "herons", HERONS, doc_type="bird"))["status"] == "unchanged"
+
+
+async def test_vectors_of_callers_have_the_length_of_the_model_that_is_searched_now(client, steps: Steps):
+    old, new = (embedding(OTTERS, length).tolist() for length in (DIMENSIONS, LENGTH))
+    await put(client, "otters", OTTERS)
+    await steps.prepare()
+    assert await best(client, embedding=old) == "otters"
+    await steps.switch()
+    # The first that this server sees of the new length is a vector of a caller's.
+    assert await best(client, embedding=new) == "otters"
+    refused = await client.post("/search", json={"tenant_id": "acme", "embedding": old})
+    assert (refused.status_code, refused.json()["field"]) == (400, "embedding")
+    assert f"allowed: {LENGTH}" in refused.json()["detail"]
+    await put(client, "own", "A text of its own.", embedding=new)
+    with pytest.raises(SetupError, match="cannot rollback: 1 chunks have vectors that their callers brought"):
+        await steps.rollback()
+    await client.delete("/documents/own", params={"tenant_id": "acme"})
+    await steps.rollback()
+    refused = await client.put("/documents/own", json={"tenant_id": "acme", "content": "x", "embedding": new})
+    assert (refused.status_code, refused.json()["field"]) == (400, "embedding")
+
+
+async def test_many_requests_at_once_are_answered_while_the_switch_happens(client, steps: Steps):
+    for name, text in zip(("cats", "herons", "otters"), ALL, strict=True):
+        await put(client, name, text)
+    await steps.prepare()
+    done = asyncio.Event()
+
+    async def keep_asking():
+        count = 0
+        while not done.is_set():
+            assert await best(client, query=OTTERS, mode=("vector", "hybrid")[count % 2]) == "otters"
+            count += 1
+        return count
+
+    asking = [asyncio.create_task(keep_asking()) for _ in range(6)]
+    try:
+        for step in (steps.switch, steps.rollback, steps.switch):
+            await step()
+            await asyncio.sleep(0.3)
+    finally:
+        done.set()
+        counts = await asyncio.gather(*asking)
+    assert min(counts) > 0
+    steps.run(lambda connection: change.finish(connection, lambda _: None))

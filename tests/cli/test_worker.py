@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(300)  # two or three processes are started one 
 def environment(settings, openai):
     return {k: v for k, v in os.environ.items() if not k.startswith("PGRECALL")} | {
         "DATABASE_URL": settings.database_url,
-        "OPENAI_API_KEY": "k",
+        "OPENAI_API_KEY": "sk-test",
         "OPENAI_BASE_URL": openai.url,
         "PGRECALL_EMBEDDING_DIMENSIONS": "64",
         "PGRECALL_EMBEDDING_MODEL": "text-embedding-3-small",
@@ -134,6 +134,7 @@ def test_the_queue_is_listed_and_retried_from_the_command_line(environment, owne
     (tenant,) = json.loads(capsys.readouterr().out)["tenants"]
     assert (tenant["pending"], tenant["failed"], tenant["ready_last_hour"]) == (0, 1, 1)
     assert main(["status"]) == 0
+    assert "pgrecall retry" in capsys.readouterr().err
     openai.poison = None
     assert main(["retry", "--tenant", "acme", "--id", "d1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"retried": 1}

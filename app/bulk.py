@@ -18,17 +18,18 @@ AT_ONCE = 250
 """Rows of a statement: half a second of work, far below PGRECALL_STATEMENT_TIMEOUT also where the server is busy."""
 
 CREATE = text("""
-insert into sources (tenant_id, id, title, content, content_sha256, doc_type, metadata, created_at, chunk_keys,
-                     start_offsets, state, chunker, embedding_origin, embedding_model, ready_at)
-select :tenant_id, id, title, content, content_sha256, doc_type, metadata, created_at,
+insert into sources (tenant_id, id, title, content, content_sha256, doc_type, metadata, created_at, ready_at,
+                     chunk_keys, start_offsets, state, chunker, embedding_origin, embedding_model)
+select :tenant_id, id, title, content, content_sha256, doc_type, metadata, created_at, ready_at,
        string_to_array(chunk_keys, ' '), cast(string_to_array(start_offsets, ' ') as integer[]), state, chunker,
-       embedding_origin, embedding_model, case state when 'ready' then now() end
+       embedding_origin, embedding_model
   from unnest(cast(:id as text[]), cast(:title as text[]), cast(:content as text[]), cast(:content_sha256 as bytea[]),
               cast(:doc_type as text[]), cast(:metadata as jsonb[]), cast(:created_at as timestamptz[]),
-              cast(:chunk_keys as text[]), cast(:start_offsets as text[]), cast(:state as text[]),
-              cast(:chunker as text[]), cast(:embedding_origin as text[]), cast(:embedding_model as text[]))
-       as row (id, title, content, content_sha256, doc_type, metadata, created_at, chunk_keys, start_offsets, state,
-               chunker, embedding_origin, embedding_model)
+              cast(:ready_at as timestamptz[]), cast(:chunk_keys as text[]), cast(:start_offsets as text[]),
+              cast(:state as text[]), cast(:chunker as text[]), cast(:embedding_origin as text[]),
+              cast(:embedding_model as text[]))
+       as row (id, title, content, content_sha256, doc_type, metadata, created_at, ready_at, chunk_keys, start_offsets,
+               state, chunker, embedding_origin, embedding_model)
     on conflict do nothing returning id
 """)
 """Texts of documents that do not exist yet; returns the ids that did not."""
@@ -54,9 +55,11 @@ async def create(connection: AsyncConnection, tenant_id: str, rows: Sequence[Map
             "content_sha256": packing.blobs(row["content_sha256"] for row in some),
             "metadata": packing.objects(row["metadata"] for row in some),
             "created_at": packing.moments(row["created_at"] for row in some),
+            "ready_at": packing.moments(row["ready_at"] for row in some),
             "chunk_keys": packing.texts(" ".join(row["chunk_keys"]) for row in some),
             "start_offsets": packing.texts(" ".join(map(str, row["start_offsets"])) for row in some),
         }
+        _check(values, some[0])
         created.update((await connection.execute(CREATE, values)).scalars())
     return created
 
@@ -73,7 +76,13 @@ async def add_chunks(connection: AsyncConnection, tenant_id: str, rows: Sequence
             "created_at": packing.moments(row["created_at"] for row in some),
             "embedding": packing.vectors([row["embedding"] for row in some], element),
         }
+        _check(values, some[0])
         await connection.execute(ADD_CHUNKS, values)
+
+
+def _check(values: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    if values.keys() != row.keys():
+        raise TypeError(f"columns {sorted(values.keys() ^ row.keys())} are only in the statement, or only in the rows")
 
 
 async def _vector_type(connection: AsyncConnection) -> int:

@@ -71,9 +71,10 @@ def objects(values: Iterable[Any]) -> Packed:
     return _packed(JSONB, [b"\x01" + msgspec.json.encode(value) for value in values])
 
 
-def moments(values: Iterable[datetime]) -> Packed:
+def moments(values: Iterable[datetime | None]) -> Packed:
     """A timestamptz[]."""
-    return _packed(TIMESTAMPTZ, [struct.pack(">q", (value - _EPOCH) // _MICROSECOND) for value in values])
+    packed = [None if value is None else struct.pack(">q", (value - _EPOCH) // _MICROSECOND) for value in values]
+    return _packed(TIMESTAMPTZ, packed)
 
 
 def vectors(values: Sequence[npt.NDArray[np.float32]], element: int) -> Packed:

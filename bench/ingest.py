@@ -411,11 +411,36 @@ def streamed(address: tuple[str, int], count: int, generator: np.random.Generato
     return created
 
 
+def deferred(bench: Bench, count: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows with vectors into an empty database: with the vector index in place, and built afterwards."""
+    corpus = data.corpus(count, layout="single", dimensions=384, seed=5)
+    steps = [
+        Step(Draft(row.id, row.content, None, row.doc_type, row.metadata, row.created_at, vector), len(row.content))
+        for row, vector in zip(corpus.rows(), corpus.vectors, strict=True)
+    ]
+
+    def run(taken: list[Took], *, defer: bool) -> None:
+        with bench.database() as settings, bench.measured(taken):
+            if not defer:
+                asyncio.run(loaded(settings, steps))
+                return
+            with deferral.deferred(settings.migration_url or "", TENANT, None) as index:
+                asyncio.run(loaded(settings, steps))
+                index.build(lambda *_: None)
+
+    variants: dict[str, Callable[[list[Took]], None]] = {
+        "index in place": lambda taken: run(taken, defer=False),
+        "--defer-index": lambda taken: run(taken, defer=True),
+    }
+    return summary(rounds(variants, repeats, f"{count:,} rows"), count, "index in place")
+
+
 COMMANDS: dict[str, tuple[Callable[[Bench, int, int], list[dict[str, Any]]], int]] = {
     "rows": (rows, 3_000),
     "embedder": (embedder, 150),
     "again": (again, 100_000),
     "stream": (stream, 100_000),
+    "deferred": (deferred, 50_000),
 }
 
 
@@ -434,8 +459,10 @@ def main() -> None:
         where = timing.surroundings(bench.settings.database_url or "")
         for name in options.what:
             command, count = COMMANDS[name]
+            before = timing.surroundings(bench.settings.database_url or "")
             found = command(bench, options.rows or count, options.rounds)
-            results[name] = {"surroundings": timing.surroundings(bench.settings.database_url or ""), "rows": found}
+            size = {"size": f"{options.rows or count:,} documents"}
+            results[name] = {"surroundings": before | size, "rows": found}
             terminal.json(found)
             options.out.mkdir(parents=True, exist_ok=True)
             record = {"surroundings": where, "results": results}

@@ -172,8 +172,44 @@ def quantisation(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], Iterator[str]]] = {
-    each.__name__: each for each in (searches, peers, http, batch, growth, quantisation)
+def ingest(results: Mapping[str, Any]) -> Iterator[str]:
+    """A table for each comparison, with where it was measured."""
+    titles = {
+        "rows": "Documents with vectors of their own, per row; ratios to a COPY into `documents` of the same round",
+        "embedder": "Documents that are embedded, per chunk; ratios to the embedder alone of the same round",
+        "again": "Documents that did not change, per document",
+        "deferred": "A load into an empty database, per row; ratios to the load with the index in place",
+    }
+    for name, title in titles.items():
+        if name in results:
+            where, rows = results[name]["surroundings"], results[name]["rows"]
+            yield f"{title} ({where['date']}, load before {where['load before']}, {where['size']}, rounds {rows[0]['rounds']}):"
+            yield table(
+                ["variant", "wall ms", "server's CPU ms", "client's CPU ms", "speed, wall", "speed, CPU"],
+                [
+                    [row["variant"], *(f"{row[each]:.2f}" for each in ("wall_ms", "server_cpu_ms", "client_cpu_ms"))]
+                    + [_spread(row[each]) for each in ("speed_wall", "speed_cpu")]
+                    for row in rows
+                ],
+            )
+    if "stream" in results:
+        (row,) = results["stream"]["rows"]
+        where = results["stream"]["surroundings"]
+        tenths = ", ".join(f"{size:.0f}" for size in row["rss_at_each_tenth_mb"])
+        yield (
+            f"`POST /documents/stream`, {row['items']:,} documents with vectors in one request ({where['date']}, load before "
+            f"{where['load before']}): {row['seconds']:,.0f} s; the server's memory {row['rss_before_mb']:.0f} MB before, "
+            f"{tenths} at each tenth, {row['rss_after_mb']:.0f} after."
+        )
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    middle = sorted(ratios)[len(ratios) // 2]
+    return f"{middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+TABLES: dict[str, Callable[[Any], Iterator[str]]] = {
+    each.__name__: each for each in (searches, peers, http, batch, growth, quantisation, ingest)
 }
 
 

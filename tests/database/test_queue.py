@@ -265,11 +265,11 @@ async def test_a_refused_text_is_given_up_alone_and_tried_again_on_demand(write,
 async def test_a_document_that_fails_while_others_work_is_given_up_after_the_attempts(write, drain, owner, openai):
     await write(Draft("a", "some text"))
     for attempt in (1, 2):
-        openai.fail(status=500)
+        openai.fail("truncated")
         counts = await drain(worker_attempts=2)
         state, attempts, error, later = one(owner, "state, attempts, error, not_before > now()")
         assert attempts == attempt
-        assert "status 500" in error
+        assert error
         assert (state, later) == (("pending", True) if attempt == 1 else ("failed", None))
         owner.execute("update sources set not_before = null")
     assert counts.parked == 1

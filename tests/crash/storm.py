@@ -52,17 +52,19 @@ class Client(threading.Thread):
     def _one(self, http: httpx.Client) -> bool:
         """One request; whether it was answered with what was asked for."""
         kind = self.generator.choices(
-            ["put", "batch", "shared", "later", "sql", "delete", "erase"], [40, 14, 12, 14, 5, 12, 3]
+            ["put", "batch", "shared", "later", "sql", "stream", "delete", "erase"], [38, 14, 11, 13, 5, 5, 11, 3]
         )[0]
         if kind == "sql":
             return self._insert()
+        if kind == "stream":
+            return self._stream(http)
         own, mine = "common", f"own{self.number}"
         tenant = own if self.generator.random() < 0.7 else mine
         if kind == "erase":
             attempts = self.ledger.begin({key: (None, self.ledger.mark()) for key in self.ledger.known(mine)})
             return self._ask(attempts, lambda: http.delete(f"/tenants/{mine}"))
         if kind == "delete":
-            name = self.generator.choice([*range(5), *(f"sql{n}" for n in range(4))])
+            name = self.generator.choice([*range(5), *(f"sql{n}" for n in range(4)), *(f"stream{n}" for n in range(3))])
             key = (tenant, f"{self.number}/{name}")
             attempts = self.ledger.begin({key: (None, self.ledger.mark())})
             return self._ask(attempts, lambda: http.delete(f"/documents/{key[1]}", params={"tenant_id": tenant}))
@@ -85,6 +87,32 @@ class Client(threading.Thread):
         body = {"tenant_id": key[0], "content": content, "metadata": {"mark": mark}}
         wait = {"wait": "false"} if kind == "later" and self.fleet.has_workers else {}
         return self._ask(attempts, lambda: http.put(f"/documents/{key[1]}", json=body, params=wait))
+
+    def _stream(self, http: httpx.Client) -> bool:
+        """Documents that are acknowledged one by one while others are stored."""
+        waiting, lines = {}, []
+        for number in self.generator.sample(range(20), 15):
+            key = ("common", f"{self.number}/stream{number}")
+            content, mark = self._write(key)
+            lines.append(json.dumps({"id": key[1], "content": content, "metadata": {"mark": mark}}))
+            waiting[key[1]] = self.ledger.begin({key: (content, mark)})
+        whole = False
+        headers = {"Content-Type": "application/x-ndjson"}
+        try:
+            with http.stream(
+                "POST", "/documents/stream", params={"tenant_id": "common"}, content="\n".join(lines), headers=headers
+            ) as answer:
+                for line in answer.iter_lines():
+                    told = json.loads(line)
+                    if told.get("status") in ("created", "updated", "unchanged"):
+                        self.ledger.settle(waiting.pop(told["id"]), acknowledged=True)
+                    whole = told.get("done", False)
+        except (httpx.HTTPError, ValueError):
+            whole = False
+        for attempts in waiting.values():
+            self.ledger.settle(attempts, acknowledged=False)
+        self.answered += whole
+        return bool(whole)
 
     def _insert(self) -> bool:
         """A document that comes by SQL, which no API process hears of."""

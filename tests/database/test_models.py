@@ -9,7 +9,7 @@ import pytest
 from alembic import command
 from msgspec.structs import replace
 
-from app import backfill, change, commands, documents, indexes, schema, search, spaces, swap
+from app import backfill, change, commands, documents, erasure, indexes, schema, search, spaces, swap
 from app.database import Database
 from app.drafts import Draft
 from app.errors import BadInput, ModelMismatch, SetupError
@@ -430,3 +430,20 @@ async def test_a_migration_down_gives_up_a_change_under_way(steps, owner_url, se
     assert command.check(config) is None
     await steps.prepare()
     await steps.switch()
+
+
+@pytest.mark.parametrize("switched", [False, True], ids=["while it is filled", "after the switch"])
+async def test_an_erasure_takes_the_vectors_of_both_models(steps, owner, settings, switched):
+    await steps.put(Draft("a", CATS), Draft("b", OTTERS))
+    await steps.prepare()
+    if switched:
+        await steps.switch()
+    assert set(vectors(owner, "pgrecall_run_documents")) == set(vectors(owner))
+    one = await erasure.document(steps.database, settings, "acme", "a")
+    assert (one.complete, one.removed["documents"], one.removed["pgrecall_run_documents"]) == (True, 1, 1)
+    assert owner.execute("select count(*) from embedding_cache").fetchone() == (2,)  # the other document's
+    whole = await erasure.tenant(steps.database, settings, "acme")
+    assert (whole.complete, whole.removed["documents"], whole.removed["pgrecall_run_documents"]) == (True, 1, 1)
+    assert whole.readable["pgrecall_run_documents"] == 0
+    for table in ("documents", "pgrecall_run_documents", "document_terms", "embedding_cache", "sources"):
+        assert owner.execute(f"select count(*) from {table}").fetchone() == (0,), table

@@ -1,41 +1,35 @@
 """Vectors already paid for: the same text of the same tenant is embedded once, across calls and processes."""
 
+import asyncio
 import hashlib
+import random
+import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ARRAY, Integer, LargeBinary, bindparam, delete, func, select, text
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app import claims, pruning
 from app.batching import Attempt, Vectors
 from app.database import Database
 from app.embedding import Embedder
 from app.errors import EmbeddingFailed, PgrecallError
 from app.meter import Meter
 from app.settings import Settings
-from app.statements import rendered
 from app.tables import embedding_cache as cached
 
-KNOWN = (
-    select(cached.c.content_sha256, cached.c.embedding)
-    .where(cached.c.tenant_id == bindparam("tenant_id"))
-    .where(cached.c.model == bindparam("model"))
-    .where(cached.c.dimensions == bindparam("dimensions"))
-    .where(cached.c.input_type == "document")
-    .where(cached.c.content_sha256 == func.any(bindparam("digests", type_=ARRAY(LargeBinary))))
-)
-"""Vectors of texts by their digest."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+"""Seconds between two looks at what another process computes."""
 
-_newest = select(cached.c.created_at).where(cached.c.tenant_id == bindparam("tenant_id"))
-FORGET = delete(cached).where(
-    cached.c.tenant_id == bindparam("tenant_id"),
-    cached.c.created_at
-    < _newest.order_by(cached.c.created_at.desc()).offset(bindparam("kept", type_=Integer)).limit(1).scalar_subquery(),
-)
-"""What is older than the newest `kept` entries of a tenant. Entries of one call share a moment, so a call more may stay."""
+Vector = npt.NDArray[np.float32]
+_Share = asyncio.Future[Vector | EmbeddingFailed | None]
+
+_under_way: WeakKeyDictionary[Database, dict[tuple[claims.Space, bytes], _Share]] = WeakKeyDictionary()
+"""What calls of this process are computing. A result of None says nothing of the text: that call gave up for its own reasons."""
 
 LEAVE = text(
     """
@@ -110,37 +104,123 @@ async def embed_each(
     *,
     meter: Meter | None = None,
 ) -> Attempt:
-    """Document vectors of `texts`, asking the model only for what is not known yet; and why some have none.
+    """Document vectors of `texts`, asking the model only for what nobody has asked it for; and why some have none.
 
-    No connection is held while the model works. What was computed is kept before this returns, so a write that fails
-    afterwards does not pay again.
+    What another call is computing, in this process or another, is waited for. No connection is held while the model
+    works. What was computed is kept before this returns, so a write that fails afterwards does not pay again.
     """
     meter = meter or Meter()
     by_digest = {digest(text): text for text in texts}
     meter.deduplicated += len(texts) - len(by_digest)
-    if not settings.cache_rows or not texts:
-        return await embedder.embed_each(texts, "document", meter)
-    key = {"tenant_id": tenant_id, "model": embedder.model, "dimensions": embedder.dimensions}
-    known = {
-        row["content_sha256"]: row["embedding"].to_numpy()
-        for row in await _known(database, tenant_id, key | {"digests": list(by_digest)})
-    }
-    meter.cache_hits += len(known)
-    missing = {text: d for d, text in by_digest.items() if d not in known}
-    attempt = await embedder.embed_each(list(missing), "document", meter)
-    faults = {missing[text]: attempt.faults[row] for row, text in enumerate(missing) if row in attempt.faults}
-    computed = {d: vector for d, vector in zip(missing.values(), attempt.vectors, strict=True) if d not in faults}
-    if computed:
-        await _keep(database, settings, tenant_id, key, computed)
-    known |= computed
-    return _attempt([digest(text) for text in texts], known, faults, embedder.dimensions)
+    space = claims.Space(tenant_id, embedder.model, embedder.dimensions)
+    call = _Call(database, embedder, settings, space, by_digest, meter)
+    rest = list(by_digest)
+    while rest:
+        rest = await call.see_to(rest)
+    return _attempt([digest(text) for text in texts], call.vectors, call.faults, embedder.dimensions)
+
+
+@dataclass
+class _Call:
+    """One call of `embed_each`: its texts by digest, and what has come of them so far."""
+
+    database: Database
+    embedder: Embedder
+    settings: Settings
+    space: claims.Space
+    texts: Mapping[bytes, str]
+    meter: Meter
+    vectors: dict[bytes, Vector] = field(default_factory=dict)
+    faults: dict[bytes, PgrecallError] = field(default_factory=dict)
+    failure: PgrecallError | None = None
+    """What came in the way of texts that are not at fault themselves: nothing more is begun."""
+
+    async def see_to(self, digests: list[bytes]) -> list[bytes]:
+        """Find or compute vectors; those that other calls of this process compute are theirs. What is still to be done."""
+        shares = _under_way.setdefault(self.database, {})
+        others = {d: shares[self.space, d] for d in digests if (self.space, d) in shares}
+        mine = [d for d in digests if d not in others]
+        loop = asyncio.get_running_loop()
+        shares |= {(self.space, d): loop.create_future() for d in mine}
+        try:
+            if self.settings.cache_rows:
+                await self._found_or_computed(mine)
+            else:
+                await self._computed(mine)
+        finally:
+            for d in mine:
+                self._share(d)
+                del shares[self.space, d]
+        if others:
+            await asyncio.wait(others.values())
+        return [d for d, share in others.items() if not self._take(d, share.result())]
+
+    def _share(self, d: bytes) -> None:
+        share = _under_way[self.database][self.space, d]
+        if not share.done():
+            fault = self.faults.get(d)
+            share.set_result(self.vectors.get(d, fault if isinstance(fault, EmbeddingFailed) else None))
+
+    def _take(self, d: bytes, result: Vector | EmbeddingFailed | None) -> bool:
+        match result:
+            case None:
+                return False
+            case EmbeddingFailed():
+                self.faults[d] = result
+            case _:
+                self.vectors[d] = result
+                self.meter.deduplicated += 1
+        return True
+
+    async def _found_or_computed(self, digests: list[bytes]) -> None:
+        """See to all of these, waiting for other processes where they are at work."""
+        holder = uuid.uuid4()
+        rest, pause, first = set(digests), FIRST_PAUSE, True
+        while rest:
+            known, claimed = await claims.claim(self.database, self.space, holder, sorted(rest))
+            for d, vector in known.items():
+                self.vectors[d] = vector
+                self._share(d)
+            if first:
+                self.meter.cache_hits += len(known)
+            else:
+                self.meter.deduplicated += len(known)
+            mine = [d for d in claimed if d not in known]
+            if claimed:
+                keeper = claims.Keeper(self.database, self.space, holder, claimed)
+                async with keeper:
+                    await self._computed(mine, keeper)
+                await pruning.added(self.database, self.settings, self.space.tenant_id, keeper.kept)
+                pause = FIRST_PAUSE
+            rest.difference_update(known, claimed)
+            if rest and self.failure is not None:
+                self.faults |= dict.fromkeys(rest, self.failure)
+                return
+            if rest:
+                await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - only to come at different moments
+                pause = min(2 * pause, LONGEST_PAUSE)
+            first = False
+
+    async def _computed(self, digests: list[bytes], keeper: claims.Keeper | None = None) -> None:
+        by_text = {self.texts[d]: d for d in digests}
+
+        def done(texts: Sequence[str], vectors: Vectors) -> None:
+            for content, vector in zip(texts, vectors, strict=True):
+                d = by_text[content]
+                self.vectors[d] = vector
+                self._share(d)
+                if keeper is not None:
+                    keeper.add(d, vector)
+
+        attempt = await self.embedder.embed_each(list(by_text), "document", self.meter, done)
+        for position, fault in attempt.faults.items():
+            self.faults[digests[position]] = fault
+            if not (isinstance(fault, EmbeddingFailed) and fault.index is not None):
+                self.failure = fault
 
 
 def _attempt(
-    digests: list[bytes],
-    known: Mapping[bytes, npt.NDArray[np.float32]],
-    faults: Mapping[bytes, PgrecallError],
-    dimensions: int,
+    digests: list[bytes], known: Mapping[bytes, Vector], faults: Mapping[bytes, PgrecallError], dimensions: int
 ) -> Attempt:
     """What is known and what is at fault, by the positions of this call's texts."""
     vectors = np.full((len(digests), dimensions), np.nan, np.float32)
@@ -154,35 +234,6 @@ def _attempt(
         else:
             placed[position] = fault
     return Attempt(vectors, placed)
-
-
-async def _keep(
-    database: Database,
-    settings: Settings,
-    tenant_id: str,
-    key: dict[str, Any],
-    computed: dict[bytes, npt.NDArray[np.float32]],
-) -> None:
-    # In the order of the key: two calls with the same texts must not wait for each other in a circle.
-    rows = [
-        key | {"input_type": "document", "content_sha256": d, "embedding": v}
-        for d, v in sorted(computed.items(), key=_first)
-    ]
-    async with database.write(tenant_id) as connection:
-        await connection.execute(insert(cached).on_conflict_do_nothing(), rows)
-        await connection.execute(FORGET, {"tenant_id": tenant_id, "kept": settings.cache_rows})
-
-
-def _first(item: tuple[bytes, Any]) -> bytes:
-    return item[0]
-
-
-_KNOWN = rendered(KNOWN)
-
-
-async def _known(database: Database, tenant_id: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-    (rows,) = await database.fetch(tenant_id, [_KNOWN.with_values("known vectors", values)], primary=True)
-    return rows
 
 
 async def leave(connection: AsyncConnection, tenant_id: str, chunks: Sequence[tuple[str, str]]) -> None:

@@ -26,7 +26,7 @@ from app.tables import Kind
 VERSION_TABLE = "pgrecall_revision"
 """Alembic's table, under a name that leaves a team's own Alembic in the same database alone."""
 
-REQUIRED = "0006"
+REQUIRED = "0007"
 """The oldest revision this release works on. Revisions are numbered, so newer ones compare as greater."""
 
 _INI = Path(__file__).resolve().parent.parent / "alembic.ini"
@@ -40,6 +40,7 @@ PREFLIGHT = Statement(
 with guarded as (
     select c.oid, c.relowner, c.relrowsecurity from pg_class c
      where c.oid in (to_regclass('sources'), to_regclass('documents'), to_regclass('embedding_cache'),
+                    to_regclass('embedding_claims'),
                     to_regclass('document_terms'), to_regclass('term_statistics'), to_regclass('collection_statistics'))
 )
 select (select count(*) from guarded) as tables, current_user as login,
@@ -59,7 +60,7 @@ select (select count(*) from guarded) as tables, current_user as login,
 )
 """Whether the role that every transaction drops to is confined to one tenant and finds pgvector. Reads catalogues only."""
 
-GUARDED = 6
+GUARDED = 7
 """Tables the preflight looks at."""
 
 

@@ -24,6 +24,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    Uuid,
     cast,
     func,
     literal_column,
@@ -419,6 +420,26 @@ Index(
     embedding_cache.c.tenant_id,
     embedding_cache.c.left_by,
     postgresql_where=text("left_by is not null"),
+)
+
+embedding_claims = Table(
+    "embedding_claims",
+    metadata,
+    _key("tenant_id", comment="Whose text it is."),
+    Column("model", Text, nullable=False, comment="Name of the model."),
+    Column("dimensions", Integer, nullable=False, comment="Length of the vector."),
+    Column("input_type", Text, nullable=False, comment="document or query, as in embedding_cache."),
+    Column("content_sha256", LargeBinary, nullable=False, comment="SHA-256 of the text in UTF-8."),
+    Column("holder", Uuid, nullable=False, comment="The call that computes it; another one each time."),
+    Column(
+        "expires_at",
+        DateTime(timezone=True),
+        nullable=False,
+        comment="From then on anyone may take it over. Its holder moves this on while it works.",
+    ),
+    PrimaryKeyConstraint("tenant_id", "model", "dimensions", "input_type", "content_sha256"),
+    CheckConstraint("input_type in ('document', 'query')", name="input_type"),
+    comment="Texts whose vectors are being computed. A row goes when the vector is in embedding_cache, or when its time is over. May be emptied at any time.",
 )
 
 analyst_tenants = Table(

@@ -76,6 +76,7 @@ class Call:
     """One request: header names are lower case, `time` is monotonic seconds at its arrival.
 
     `ended` is set when the server is done with it; `disconnected` is whether the client went away before that.
+    `in_flight` counts the requests under way when it came, itself included; `status` is what it was answered with.
     """
 
     path: str
@@ -83,6 +84,8 @@ class Call:
     body: dict[str, Any]
     time: float
     disconnected: bool = False
+    in_flight: int = 0
+    status: int | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -93,7 +96,11 @@ class OpenAIServer:
         self.answer: str | Sequence[str] = "Forty-two [Source 1]."
         self.token_delay = 0.0  # seconds before each token of a stream
         self.delay = 0.0  # seconds before every answer
-        self.poison: str | None = None  # 400 for inputs with such a text among them
+        self.poison: str | None = None  # `refusal` for inputs with a text among them that has this in it
+        self.refused: set[str] = set()  # `refusal` for inputs with one of these texts among them
+        self.refusal = 400
+        self.capacity: int | None = None  # 429, come again at once, where more requests are under way
+        self.counts_tokens = True  # whether answers have `usage`
         self.max_inputs = 2048  # 413 for more texts in a request
         self.only_dimensions: int | None = None  # vectors of this length; 400 for the parameter `dimensions`
         self.only_floats = False  # `encoding_format` is not understood
@@ -143,6 +150,11 @@ class OpenAIServer:
         return [call for call in self.calls if call.path == RERANK]
 
     @property
+    def paid(self) -> list[str]:
+        """Every text whose embedding was sent back, in order of arrival."""
+        return [text for call in self.embedding_calls if call.status == 200 for text in _texts(call.body["input"])]
+
+    @property
     def embedded(self) -> list[str]:
         """Every text received for embedding, in order of arrival."""
         return [text for call in self.embedding_calls for text in _texts(call.body["input"])]
@@ -173,9 +185,10 @@ class OpenAIServer:
         return None
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, call: Call) -> Iterator[None]:
         with self._lock:
             self._in_flight += 1
+            call.in_flight = self._in_flight
             self.peak_in_flight = max(self.peak_in_flight, self._in_flight)
         try:
             yield
@@ -218,14 +231,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.fake.calls.append(call)
         try:
             # Counted up to the answer, not through it: a client may send its next request before this thread returns.
-            with self.fake._counted():
+            with self.fake._counted(call):
                 fault = self.fake._next_fault(self.path)
                 wait = self.fake.delay + (fault.seconds if fault and fault.kind == "hang" else 0.0)
                 if self._client_leaves_within(wait):
                     call.disconnected = True
                     self.close_connection = True
                     return
+                crowded = self.fake.capacity is not None and call.in_flight > self.fake.capacity
+                if crowded and fault is None:
+                    fault = Fault("status", "", 429, {"Retry-After": "0.01"}, 0, 0, 0, 0)
                 reply = self._reply(body, fault)
+                call.status = reply[0]
             self._send(call, fault, reply)
         except (BrokenPipeError, ConnectionResetError):
             call.disconnected = True
@@ -348,8 +365,8 @@ def _embeddings(body: dict[str, Any], fake: OpenAIServer, fault: Fault | None) -
         return 400, _error("This model does not support specifying dimensions.")
     if fake.refuses_encoding and "encoding_format" in body:
         return 400, _error("UnsupportedParamsError: encoding_format")
-    if fake.poison is not None and any(fake.poison in text for text in texts):
-        return 400, _error("poisoned text")
+    if fake.refused.intersection(texts) or (fake.poison is not None and any(fake.poison in text for text in texts)):
+        return fake.refusal, _error("refused text")
     if fake.only_floats:
         body = body | {"encoding_format": "float"}
     dimensions = fake.only_dimensions or body.get(
@@ -361,7 +378,7 @@ def _embeddings(body: dict[str, Any], fake: OpenAIServer, fault: Fault | None) -
     ]
     if fault and fault.kind in FAULTS_OF_EMBEDDINGS:
         data = _spoiled(data, fault, body, dimensions)
-    usage = {"prompt_tokens": sum(sizes), "total_tokens": sum(sizes)}
+    usage = {"prompt_tokens": sum(sizes), "total_tokens": sum(sizes)} if fake.counts_tokens else None
     return 200, {"object": "list", "model": body["model"], "data": data, "usage": usage}
 
 

@@ -60,7 +60,7 @@ async def live() -> Live:
     responses=problems.documented()
     | {
         200: ResponseSpec(
-            Ready, description="Ready", examples=[Example("ready", value=Ready("0006", "all-MiniLM-L6-v2-int8", 384))]
+            Ready, description="Ready", examples=[Example("ready", value=Ready("0007", "all-MiniLM-L6-v2-int8", 384))]
         )
     },
 )

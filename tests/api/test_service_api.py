@@ -392,6 +392,7 @@ def test_the_apps_role_sees_nothing_without_a_tenant(settings, owner):
         for table in (
             *("sources", "documents", "embedding_cache", "document_terms", "term_statistics", "collection_statistics"),
             *("tenant_sources", "tenant_documents", "tenant_document_terms", "tenant_term_statistics"),
+            "embedding_claims",
         ):
             assert connection.execute(f"select count(*) from {table}").fetchone() == (0,)
         with pytest.raises(psycopg.errors.InsufficientPrivilege):

@@ -62,6 +62,10 @@ async def test_a_tenant_is_erased_with_everything_and_others_keep_theirs(write, 
     await write(Draft("a", OTTERS), Draft("b", HERONS))
     await write(Draft("a", OTTERS + " And no more."))
     await write(Draft("a", OTTERS), tenant="other")
+    owner.execute(
+        "insert into embedding_claims select tenant_id, model, dimensions, input_type, content_sha256, gen_random_uuid(), "
+        "now() from embedding_cache"
+    )
     before, other = held(owner), held(owner, "other")
     assert all(before.values())
     erased = await erasure.tenant(database, settings, "acme")

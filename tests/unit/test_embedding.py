@@ -12,8 +12,9 @@ from msgspec.structs import replace
 
 from app.batching import batches, spread
 from app.embedding import open_embedder
+from app.endpoint import MAX_INPUTS
 from app.errors import BadInput, EmbeddingFailed
-from app.remote import MAX_INPUTS, MAX_REQUEST_TOKENS, OpenAIEmbedder
+from app.remote import MAX_REQUEST_TOKENS, OpenAIEmbedder
 from app.settings import Settings
 from app.tokens import estimated_tokens
 from tests.openai_server import Kind, OpenAIServer, embedding

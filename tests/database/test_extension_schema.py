@@ -10,7 +10,7 @@ from alembic import command
 from msgspec.structs import replace
 from psycopg import sql
 
-from app import documents, questions, roles, schema, search, tables
+from app import documents, questions, roles, schema, search, spaces, tables
 from app.__main__ import main
 from app.database import Database
 from app.drafts import Draft
@@ -20,6 +20,7 @@ from app.local import OWNER, SERVICE
 from app.statements import Statement
 from app.upsert import put
 from tests.conftest import DIMENSIONS, settings_for, statements
+from tests.database.test_models import Steps
 
 COUNT = 260
 SCHEMA = "The Extensions"
@@ -121,3 +122,24 @@ async def test_without_the_right_to_use_the_schema_the_message_says_what_to_gran
     with pytest.raises(SetupError, match=f'may not use the schema "{SCHEMA}".*GRANT USAGE ON SCHEMA "'):
         await schema.preflight(database)
     await database.close()
+
+
+async def test_the_model_changes_to_another_length(settings, openai):
+    schema.migrate(settings)
+    database, embedder = Database(settings, settings.database_url), open_embedder(settings)
+    steps = Steps(settings.migration_url, database, settings, embedder, openai.url)
+    try:
+        await steps.put(Draft("a", "Otters eat fish."))
+        await steps.prepare()
+        await steps.put(Draft("b", "Herons eat frogs."))
+        await steps.switch()
+        assert (await steps.find("who eats fish"))[1][0].id == "a"
+        await steps.rollback()
+        await steps.switch()
+        await steps.finish()
+        assert (await steps.find("who eats frogs"))[1][0].id == "b"
+        assert command.check(schema.config(settings)) is None
+    finally:
+        await spaces.close(database)
+        await database.close()
+        await embedder.aclose()

@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from app.__main__ import parser
+from app.chunking import Chunk
 from app.embedding import open_embedder
 from tests.conftest import DIMENSIONS, settings_for
 from tests.crash import invariants
@@ -126,7 +127,8 @@ class Runs:
                 sorted(stored.items()), min(6, len(stored))
             ):
                 for mode in ("text", "vector", "hybrid"):
-                    query = f"mark{mark}" if mode == "text" else content.split("\n")[0] + f" mark{mark} closes it."
+                    # Its last chunk, which no other document has: nothing is more similar.
+                    query = f"mark{mark}" if mode == "text" else self._cut(content)[-1].content
                     body = {"tenant_id": tenant, "query": query, "mode": mode, "top_k": 100}
                     answer = http.post("/search", json=body)
                     hits = answer.json().get("results", answer.text) if answer.status_code == 200 else answer.text
@@ -135,6 +137,10 @@ class Runs:
                     if (mode == "text" and ids != {document}) or document not in ids:
                         faults.append(f"{mode} search for {query!r} in {tenant} does not find {document}: {ids}")
         return faults
+
+    def _cut(self, content: str) -> list[Chunk]:
+        limits = self.settings.chunk_max_tokens, self.settings.chunk_overlap_tokens
+        return invariants.cut(content, self.embedder, *limits)
 
     def close(self) -> None:
         for each in self.clients:

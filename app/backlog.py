@@ -8,8 +8,8 @@ from psycopg.rows import dict_row
 
 from app import embedding, pending, roles, schema, tenants, terminal, worker
 from app.database import Database, connect
+from app.jobs import Counts
 from app.settings import Settings
-from app.worker import Counts
 
 LISTED = """
 select tenant_id, id, state, attempts, not_before, claimed_by, updated_at, error from sources

@@ -29,7 +29,10 @@ MAX_QUERY_BYTES = 32_000
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A document as a caller wants it stored. `embedding` of its own makes it one chunk. Omitted means empty."""
+    """A document as a caller wants it stored. `embedding` of its own makes it one chunk. Omitted means empty.
+
+    `embedding_model`: name of the model `embedding` is of; None stands for the one that is searched.
+    """
 
     id: str
     content: str
@@ -38,6 +41,17 @@ class Draft:
     metadata: dict[str, Any] = field(default_factory=dict)
     created_at: datetime | None = None
     embedding: Sequence[float] | npt.NDArray[np.float32] | None = None
+    embedding_model: str | None = None
+
+
+def check_model(name: str | None, embedding: object, searched: str) -> None:
+    """Raise BadInput unless a vector that says of which model it is is of the one that is searched."""
+    if name is None:
+        return
+    if embedding is None:
+        raise BadInput("embedding_model", "is given without an embedding; allowed: both, or neither")
+    if name != searched:
+        raise BadInput("embedding_model", f"is {name[:80]!r}; allowed: {searched}, whose vectors are searched")
 
 
 def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:

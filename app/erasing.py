@@ -4,25 +4,27 @@ import asyncio
 import sys
 from argparse import Namespace
 
+import psycopg
+
 from app import commands, erasure, schema, tenants, terminal
 from app.erasure import Erased
-from app.errors import BadInput
+from app.errors import BadInput, PgrecallError
 from app.settings import Settings
 
 
 def erase(arguments: Namespace, config: Settings) -> int:
-    """Erase a tenant or one of its documents. 1 where something could still be read afterwards."""
+    """Erase a tenant or one of its documents. 1 where something could still be read afterwards, or was not vacuumed."""
     tenants.check(arguments.tenant, "--tenant")
     with schema.provided(config) as ready:
         erased = asyncio.run(_erase(arguments, ready))
-        vacuumed = None
-        if arguments.vacuum:
-            with schema.migration_url(ready) as url:
-                vacuumed = erasure.vacuum(url)
+        vacuumed, refused = _vacuum(ready) if arguments.vacuum else (None, None)
     remains = erasure.remains(erased.tenant_id, erased.id)
     if arguments.json:
-        terminal.json(erased._asdict() | {"vacuum_seconds": vacuumed, "remains": [each._asdict() for each in remains]})
-        return 0 if erased.complete else 1
+        terminal.json(
+            erased._asdict()
+            | {"vacuum_seconds": vacuumed, "vacuum_error": refused, "remains": [each._asdict() for each in remains]}
+        )
+        return 0 if erased.complete and refused is None else 1
     terminal.table(
         f"{'document ' + erased.id + ' of ' if erased.id else ''}tenant {erased.tenant_id}: "
         + ("erased, nothing of it can be read any more" if erased.complete else "NOT ALL IS GONE"),
@@ -33,12 +35,23 @@ def erase(arguments: Namespace, config: Settings) -> int:
         terminal.say(f"{erased.put_since} documents were put since, which stay")
     if vacuumed is not None:
         terminal.say(f"vacuumed in {vacuumed:.1f} s")
+    if refused is not None:
+        terminal.say(f"not vacuumed: {refused}")
     terminal.table(
         "what is left where nobody can read it",
         [("where", "left"), ("until", "left"), ("to finish", "left")],
         [tuple(each) for each in (remains[1:] if vacuumed is not None else remains)],
     )
-    return 0 if erased.complete else 1
+    return 0 if erased.complete and refused is None else 1
+
+
+def _vacuum(config: Settings) -> tuple[float | None, str | None]:
+    """Seconds it took, or why it could not be: what was erased is to be told all the same."""
+    try:
+        with schema.migration_url(config) as url:
+            return erasure.vacuum(url), None
+    except (PgrecallError, psycopg.Error) as error:
+        return None, str(error).strip()
 
 
 async def _erase(arguments: Namespace, config: Settings) -> Erased:

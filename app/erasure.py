@@ -166,8 +166,10 @@ def vacuum(url: str) -> float:
     with connect(url) as connection:
         connection.add_notice_handler(heard)
         connection.execute("set lock_timeout = 0")
-        for each in bearing():
-            connection.execute(sql.SQL("vacuum {}").format(sql.Identifier(each.name)))
+        made = holdings.SYNCHRONOUS
+        run = [name for _, name, _ in connection.execute(made.sql.encode(), made.constants).fetchall()]
+        for name in [*run, *(each.name for each in bearing())]:
+            connection.execute(sql.SQL("vacuum {}").format(sql.Identifier(name)))
     if refused:
         raise SetupError(
             f"{refused[0]}: VACUUM is for the owner of the tables; set PGRECALL_MIGRATION_URL to the owner's URL, or have the "

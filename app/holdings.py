@@ -9,6 +9,7 @@ from typing import NamedTuple
 from sqlalchemy import TableClause, Text, bindparam, column, table, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.statements import rendered
 from app.tables import RUN_PREFIX, bearing
 
 MADE_AT_RUN_TIME = text(
@@ -24,6 +25,9 @@ select n.nspname as schema, c.relname as name,
 """
 ).bindparams(bindparam("prefix", RUN_PREFIX, type_=Text))
 """Tables with tenants' rows that no migration made, and whether their rows belong to documents."""
+
+SYNCHRONOUS = rendered(MADE_AT_RUN_TIME)
+"""The same for a connection of the driver's own."""
 
 
 class Held(NamedTuple):

@@ -9,22 +9,24 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ARRAY, Delete, Table, Text, Update, bindparam, delete, func, tuple_, update
+from sqlalchemy import ARRAY, Delete, Table, Text, Update, bindparam, delete, func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import cache, spaces
 from app.database import Database
+from app.drafts import Draft
 from app.embedding import Embedder
-from app.errors import PgrecallError
-from app.model import Model
+from app.errors import BadInput, PgrecallError, SpaceChanged
+from app.model import KEPT, Model, Recorded, active
 from app.settings import Settings
-from app.tables import shadow
+from app.tables import Vector, documents, shadow, sources
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,75 @@ async def vectors(
         )
     vectors = zip(fitting, found, strict=True)
     return Beside(other.model, {text: vector for row, (text, vector) in enumerate(vectors) if row not in faults})
+
+
+class Brought(NamedTuple):
+    """A vector of the other model that the caller of a document brings, and the digest of the text it is of."""
+
+    id: str
+    sha256: bytes
+    vector: npt.NDArray[np.float32]
+
+
+def names(draft: Draft, other: Recorded) -> bool:
+    """Whether a draft brings a vector of the other model. Where both have one name, the length tells."""
+    return (
+        draft.embedding_model == other.name and draft.embedding is not None and len(draft.embedding) == other.dimensions
+    )
+
+
+LOCK = (
+    select(sources.c.id, sources.c.content_sha256, sources.c.embedding_origin, sources.c.version, sources.c.updated_at)
+    .where(
+        sources.c.tenant_id == bindparam("tenant_id", type_=Text),
+        sources.c.id == func.any(bindparam("ids", type_=ARRAY(Text))),
+        sources.c.state == "ready",
+    )
+    .order_by(sources.c.id)
+    .with_for_update()
+)
+"""The documents that vectors are brought for, as they are now."""
+
+_stored = select(*documents.columns).where(
+    documents.c.tenant_id == bindparam("tenant_id", type_=Text), documents.c.id == _document
+)
+
+
+async def bring(
+    database: Database, tenant_id: str, model: Model, brought: Sequence[Brought]
+) -> dict[str, tuple[int, datetime]]:
+    """Store vectors of the other model for documents that are stored with these texts and vectors of their own.
+
+    All or none; version and updated_at of each, which stay. Raises BadInput for a document that is not, SpaceChanged
+    where the model is not beside the one that is searched any more.
+    """
+    copied = _stored.with_only_columns(
+        *(c for c in documents.columns if c.name != "embedding"),
+        bindparam("vector", type_=Vector(model.dimensions)),
+    )
+    added = insert(shadow).from_select(
+        [*(c.name for c in documents.columns if c.name != "embedding"), "embedding"], copied
+    )
+    statement = added.on_conflict_do_update(
+        index_elements=["tenant_id", "id", "chunk_key"], set_={"embedding": added.excluded.embedding}
+    )
+    async with database.write(tenant_id) as connection:
+        found = await connection.execute(LOCK, {"tenant_id": tenant_id, "ids": [each.id for each in brought]})
+        locked = {row.id: row for row in found}
+        kept = [Recorded(*row) for row in await connection.execute(KEPT)]
+        if model not in {each.model for each in kept if each.state != "active"}:
+            raise SpaceChanged(active(kept).model)
+        for each in brought:
+            row = locked.get(each.id)
+            if row is None or row.content_sha256 != each.sha256 or row.embedding_origin != "caller":
+                raise BadInput(
+                    "embedding_model",
+                    f"is {model.name}, which is not searched: allowed where the document (here {each.id!r}) is stored with "
+                    f"this text and a vector of {active(kept).name}",
+                )
+        values = [{"tenant_id": tenant_id, "document_id": each.id, "vector": each.vector} for each in brought]
+        await connection.execute(statement, values)
+    return {each.id: (locked[each.id].version, locked[each.id].updated_at) for each in brought}
 
 
 async def write(

@@ -68,7 +68,9 @@ async def current(database: Database, settings: Settings, configured: Embedder) 
 
 def beside(database: Database) -> Recorded | None:
     """The other model whose vectors were kept in step when this process last looked."""
-    others = (each for each in _of(database).models.values() if each.state in ("filling", "retired"))
+    seen = _of(database)
+    # A search may have seen a switch since the rows were read: then it is the one that was active.
+    others = (each for each in seen.models.values() if each.state != "dropped" and each.model != seen.active)
     return next(others, None)
 
 
@@ -123,12 +125,14 @@ async def locked(connection: AsyncConnection, database: Database, embedder: Embe
     return next((each for each in models if each.state != "active"), None)
 
 
-async def expect(database: Database, settings: Settings, configured: Embedder, lengths: Sequence[int]) -> None:
-    """Look again where vectors that callers bring are not as long as those that were searched when last looked."""
-    if not lengths:
+async def expect(
+    database: Database, settings: Settings, configured: Embedder, brought: Sequence[tuple[str | None, int]]
+) -> None:
+    """Look again where vectors that callers bring, (model if they say, length) each, are not as was last seen."""
+    if not brought:
         return
     embedder = await current(database, settings, configured)
-    if any(length != embedder.dimensions for length in lengths):
+    if any(name not in (None, embedder.model) or length != embedder.dimensions for name, length in brought):
         await refresh(database)
 
 

@@ -22,10 +22,11 @@ from app import bulk, cache, chunking, pending, shadow, spaces, terms
 from app.batching import named
 from app.chunking import Chunk
 from app.database import Database
-from app.drafts import Draft, check
+from app.drafts import Draft, check, check_model
 from app.embedding import Embedder
 from app.errors import BadInput, EmbeddingFailed, PgrecallError, SpaceChanged, TooLarge, Unavailable, VersionConflict
 from app.meter import Meter
+from app.model import Model
 from app.settings import Settings
 from app.shadow import Cutter
 from app.statements import rendered
@@ -141,6 +142,12 @@ async def put(
     Documents that bring their vectors are stored whole all the same.
     """
     await _expect(database, embedder, settings, drafts)
+    other = spaces.beside(database)
+    if other is not None and drafts and all(shadow.names(draft, other) for draft in drafts):
+        try:
+            return await _bring(database, tenant_id, drafts, other.model)
+        except SpaceChanged:  # it is the one that is searched by now, or is gone
+            await spaces.refresh(database)
 
     async def stored_in(space: Embedder) -> list[Outcome]:
         return await _put(database, space, settings, tenant_id, drafts, expected, token_limit, meter, later=later)
@@ -149,9 +156,23 @@ async def put(
 
 
 async def _expect(database: Database, embedder: Embedder, settings: Settings, drafts: Sequence[Draft]) -> None:
-    await spaces.expect(
-        database, settings, embedder, [len(draft.embedding) for draft in drafts if draft.embedding is not None]
-    )
+    brought = [(draft.embedding_model, len(draft.embedding)) for draft in drafts if draft.embedding is not None]
+    await spaces.expect(database, settings, embedder, brought)
+
+
+async def _bring(database: Database, tenant_id: str, drafts: Sequence[Draft], model: Model) -> list[Outcome]:
+    """Vectors of the model that is not searched, for documents that are stored with vectors of their own."""
+    _check_count(drafts)
+    brought = []
+    for index, draft in enumerate(drafts):
+        try:
+            vector = check(draft, model.dimensions)
+        except BadInput as fault:
+            raise (fault.under(f"documents[{index}]") if len(drafts) > 1 else fault) from None
+        if vector is not None:
+            brought.append(shadow.Brought(draft.id, cache.digest(draft.content), vector))
+    stored = await shadow.bring(database, tenant_id, model, brought)
+    return [Outcome(each.id, "unchanged", *stored[each.id], reused=1) for each in brought]
 
 
 async def _put(
@@ -364,6 +385,7 @@ def _plan(
     seen: dict[str, int] = {}
     for index, draft in enumerate(drafts):
         try:
+            check_model(draft.embedding_model, draft.embedding, embedder.model)
             own.append(check(draft, embedder.dimensions))
         except BadInput as fault:
             raise (fault.under(f"documents[{index}]") if len(drafts) > 1 else fault) from None
@@ -380,6 +402,7 @@ def _plan_each(embedder: Embedder | Cutter, settings: Settings, drafts: Sequence
     seen: dict[str, int] = {}
     for index, draft in enumerate(drafts):
         try:
+            check_model(draft.embedding_model, draft.embedding, embedder.model)
             own = check(draft, embedder.dimensions)
             if draft.id in seen:
                 raise BadInput("id", f"{draft.id!r} is also the id of documents[{seen[draft.id]}]")  # noqa: TRY301

@@ -2,11 +2,7 @@
 
 A round gives each tenant that has something due one turn; a turn claims a few small documents, which are embedded and
 written together, and at most one big document and one suspect, each by itself. So a tenant with a million documents waits
-for one with ten, not the other way round. Claims are renewed while the work goes on and given back when the worker ends.
-
-Failures are told apart. Where the database or the model's server is away, documents are put back as they were and the
-worker pauses; that never counts against a document. A text over the limits, or one that the server refuses while it takes
-others, is given up at once; what fails otherwise is tried again later, PGRECALL_WORKER_ATTEMPTS times in all.
+for one with ten, not the other way round. Claims are renewed while the work goes on and given back when the worker ends. Where the database or the model's server is away, the worker pauses.
 """
 
 import asyncio
@@ -26,26 +22,14 @@ from typing import Literal
 
 import msgspec
 import psycopg
-from sqlalchemy import ARRAY, Text, bindparam, func, select
 
-from app import pending, schema, spaces, upsert
+from app import jobs, pending, schema, spaces
 from app.database import Database, translated
-from app.drafts import MAX_TEXT_BYTES, Draft
 from app.embedding import Embedder
-from app.errors import (
-    BeingErased,
-    DatabaseUnavailable,
-    EmbeddingFailed,
-    PgrecallError,
-    SchemaTooOld,
-    TimedOut,
-    Unavailable,
-)
+from app.errors import BeingErased, DatabaseUnavailable, PgrecallError, SchemaTooOld, TimedOut, Unavailable
+from app.jobs import Counts, Tools
 from app.pending import Claim
 from app.settings import Settings
-from app.statements import rendered
-from app.tables import tenant_sources
-from app.upsert import Claimed, Fault, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -62,39 +46,12 @@ STATEMENT_TIMEOUT = 60.0
 PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds the worker pauses when what it needs is away: at first, and at most."""
 
-AGAIN, LATEST = 5.0, 3600.0
-"""Seconds until a document that failed is tried again: the first time, and at most."""
-
 SETTLE = 0.25
 """Seconds after which a woken worker looks again: puts close to the one that woke it did not ring."""
 
 REPORT_EVERY = 60.0
-PROBE = "pgrecall"
-"""A text that no model's server refuses."""
-
 LISTEN = f"listen {pending.CHANNEL}"
 """To be woken by asynchronous puts, on a connection of its own."""
-
-LOAD = select(
-    *(tenant_sources.c[name] for name in ("id", "content", "title", "doc_type", "metadata", "created_at", "version"))
-).where(
-    tenant_sources.c.tenant_id == bindparam("tenant_id", type_=Text),
-    tenant_sources.c.id == func.any(bindparam("ids", type_=ARRAY(Text))),
-)
-"""The documents to be worked on, whole."""
-
-_LOAD = rendered(LOAD)
-
-
-@dataclass
-class Counts:
-    """What a worker did since it began. `deferred`: failures after which a document waits to be tried again."""
-
-    ready: int = 0
-    chunks: int = 0
-    parked: int = 0
-    deferred: int = 0
-    overtaken: int = 0
 
 
 @dataclass(eq=False)
@@ -108,6 +65,7 @@ class Worker:
     once: bool = False
     name: str = field(default_factory=lambda: f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(3)}")
     counts: Counts = field(default_factory=Counts)
+    _tools: Tools = field(init=False)
     _jobs: set[asyncio.Task[None]] = field(default_factory=set)
     _held: dict[str, set[str]] = field(default_factory=dict)
     _lanes: dict[str, int] = field(default_factory=lambda: {"big": 0, "suspect": 0})
@@ -115,6 +73,9 @@ class Worker:
     _ended: int = 0
     _pause: float = 0.0
     _paused_until: float = float("-inf")
+
+    def __post_init__(self) -> None:
+        self._tools = Tools(self.database, self.embedder, self.settings, self.name)
 
     async def run(self) -> None:
         """Work. Cancelled, it stops at once and gives back what it has in hand."""
@@ -224,10 +185,15 @@ class Worker:
     # Working on what was claimed
 
     async def _job(self, tenant_id: str, claims: Sequence[Claim], lane: str | None) -> None:
-        ids = {each.id for each in claims}
+        ids, counts = {each.id for each in claims}, Counts()
         try:
-            await self._work(tenant_id, claims)
+            away = await jobs.work(self._tools, counts, tenant_id, claims, seconds=self._pause * 2 or PAUSE)
             self._held[tenant_id] -= ids
+            if away is not None:
+                self._pause_for(away)
+            elif counts.ready and self._pause:
+                log.info("worker %s goes on", self.name)
+                self._pause = 0.0
         except BeingErased:
             self._owed(tenant_id, ids)  # which is nothing once it is done; the other tenants do not wait for it
         except (Unavailable, TimedOut) as error:
@@ -240,6 +206,7 @@ class Worker:
             log.exception("a job of tenant %s failed", tenant_id)
             self._owed(tenant_id, ids)
         finally:
+            self.counts.add(counts)
             self._ended += 1
             if lane:
                 self._lanes[lane] -= 1
@@ -252,7 +219,7 @@ class Worker:
                 try:
                     await pending.give_back(self.database, tenant_id, self.name, list(ids))
                 except PgrecallError:
-                    await asyncio.sleep(_jittered(self._pause or PAUSE))
+                    await asyncio.sleep(jobs.jittered(self._pause or PAUSE))
                 else:
                     self._held[tenant_id] -= ids
                     return
@@ -261,130 +228,6 @@ class Worker:
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
 
-    async def _work(self, tenant_id: str, claims: Sequence[Claim]) -> None:
-        """Complete these documents, or say of each why not. Raises Unavailable and TimedOut where that cannot be written."""
-        begun = time.monotonic()
-        claims = await self._worth_trying(tenant_id, claims)
-        if not claims:
-            return
-        try:
-            documents = await self._loaded(tenant_id, claims)
-            answers = await upsert.complete(self.database, self.embedder, self.settings, tenant_id, documents)
-        except BeingErased:
-            raise  # no reason to pause the others
-        except Unavailable as error:
-            await self._put_back(tenant_id, claims, error)
-        except Exception as error:  # noqa: BLE001  whatever it is, one document's must not stop the others'
-            if len(claims) == 1:
-                await self._failed(tenant_id, claims[0], error)
-            else:
-                await self._each(tenant_id, claims)
-        else:
-            await self._told(tenant_id, claims, answers, time.monotonic() - begun)
-
-    async def _each(self, tenant_id: str, claims: Sequence[Claim]) -> None:
-        for each in claims:
-            await self._work(tenant_id, [each])
-
-    async def _told(
-        self, tenant_id: str, claims: Sequence[Claim], answers: Sequence[Outcome | Fault | None], seconds: float
-    ) -> None:
-        """Count what is ready, and deal with the rest."""
-        ready = [answer for answer in answers if isinstance(answer, Outcome)]
-        faults = {answer.id: answer for answer in answers if isinstance(answer, Fault)}
-        self.counts.ready += len(ready)
-        self.counts.chunks += sum(outcome.embedded for outcome in ready)
-        if ready:
-            if self._pause:
-                log.info("worker %s goes on", self.name)
-            self._pause = 0.0
-            log.debug("tenant %s: %d documents ready in %.2f s", tenant_id, len(ready), seconds)
-        await self._park(tenant_id, {fault.id: str(fault) for fault in faults.values() if fault.lasting})
-        passing = [each for each in claims if each.id in faults and not faults[each.id].lasting]
-        if passing:
-            error = faults[passing[0].id].error
-            if not await self._works(error):
-                await self._put_back(tenant_id, passing, error)
-            elif len(claims) == 1:
-                await self._failed(tenant_id, claims[0], error)
-            else:
-                await self._each(tenant_id, passing)
-        done = faults.keys() | {outcome.id for outcome in ready}
-        overtaken = [each.id for each in claims if each.id not in done]
-        if overtaken:
-            # Where SQL changed the text and nothing else, the document is still in this worker's name.
-            await pending.give_back(self.database, tenant_id, self.name, overtaken)
-            self.counts.overtaken += len(overtaken)
-
-    async def _worth_trying(self, tenant_id: str, claims: Sequence[Claim]) -> list[Claim]:
-        """The claims but for what is too long to be looked at and what workers ended over too often; those are given up."""
-        most = self.settings.worker_attempts
-        ended = {
-            each.id: f"a worker ended while it had this document in hand, or it failed, {each.attempts} times in all"
-            for each in claims
-            if each.attempts >= most
-        }
-        await self._park(tenant_id, ended, counted=False)
-        long = {
-            each.id: f"content: is {each.size:,} bytes; allowed: 1 to {MAX_TEXT_BYTES:,} bytes in UTF-8"
-            for each in claims
-            if each.size > MAX_TEXT_BYTES and each.id not in ended
-        }
-        await self._park(tenant_id, long)
-        return [each for each in claims if each.id not in ended and each.id not in long]
-
-    async def _loaded(self, tenant_id: str, claims: Sequence[Claim]) -> list[Claimed]:
-        """The documents that are still as they were claimed."""
-        versions = {each.id: each.version for each in claims}
-        statement = _LOAD.with_values("load", {"tenant_id": tenant_id, "ids": list(versions)})
-        (rows,) = await self.database.fetch(tenant_id, [statement], primary=True)
-        found = [(row.pop("version"), Draft(**row)) for row in rows]
-        return [Claimed(draft, version) for version, draft in found if version == versions[draft.id]]
-
-    async def _works(self, error: Exception) -> bool:
-        """Whether the model's server does its work for another text, so that this one may be to blame."""
-        if not isinstance(error, EmbeddingFailed):
-            return True
-        try:
-            await self.embedder.embed([PROBE], "query")
-        except EmbeddingFailed:
-            return False
-        return True
-
-    async def _failed(self, tenant_id: str, claim: Claim, error: Exception) -> None:
-        """One document failed, and it is its own fault or may be."""
-        if isinstance(error, PgrecallError):
-            reason = str(error)
-        else:
-            reason = f"unexpected error {type(error).__name__}; the worker's log has the rest"
-            log.error("document %r of tenant %s failed", claim.id, tenant_id, exc_info=error)
-        if claim.attempts + 1 >= self.settings.worker_attempts:
-            await self._park(tenant_id, {claim.id: reason})
-            return
-        self.counts.deferred += 1
-        seconds = _jittered(min(AGAIN * 2**claim.attempts, LATEST))
-        log.warning("document %r of tenant %s failed, next try in %.0f s: %s", claim.id, tenant_id, seconds, reason)
-        await pending.defer(
-            self.database, tenant_id, self.name, [claim.id], seconds=seconds, error=reason, counted=True
-        )
-
-    async def _put_back(self, tenant_id: str, claims: Sequence[Claim], error: Exception) -> None:
-        """Nothing can be done now, and these documents are not to blame."""
-        self._pause_for(error)
-        self.counts.deferred += len(claims)
-        ids = [each.id for each in claims]
-        await pending.defer(
-            self.database, tenant_id, self.name, ids, seconds=self._pause, error=str(error), counted=False
-        )
-
-    async def _park(self, tenant_id: str, faults: dict[str, str], *, counted: bool = True) -> None:
-        if not faults:
-            return
-        await pending.park(self.database, tenant_id, self.name, faults, counted=counted)
-        self.counts.parked += len(faults)
-        for document_id, reason in faults.items():
-            log.warning("document %r of tenant %s is given up: %s", document_id, tenant_id, reason)
-
     # Beside the work
 
     def _pause_for(self, error: Exception) -> None:
@@ -392,7 +235,7 @@ class Worker:
         if now < self._paused_until:
             return  # several jobs fail for one reason
         self._pause = min(self._pause * 2 or PAUSE, LONGEST_PAUSE)
-        seconds = _jittered(self._pause)
+        seconds = jobs.jittered(self._pause)
         self._paused_until = now + seconds
         log.warning("worker %s pauses for %.1f s: %s", self.name, seconds, error)
 
@@ -418,6 +261,9 @@ class Worker:
                         autocommit=True,
                         connect_timeout=5,
                         application_name="pgrecall worker",
+                        keepalives_idle=30,
+                        keepalives_interval=10,
+                        keepalives_count=3,
                     )
                     async with connection:
                         await connection.execute(LISTEN.encode())
@@ -429,7 +275,7 @@ class Worker:
                 log.info(
                     "worker %s hears no rings and looks every %g s: %s", self.name, self.settings.worker_poll, error
                 )
-            await asyncio.sleep(_jittered(delay))
+            await asyncio.sleep(jobs.jittered(delay))
             delay = min(delay * 2, LONGEST_PAUSE)
 
     async def _report(self) -> None:
@@ -482,7 +328,7 @@ async def when_ready(database: Database, embedder: Embedder) -> None:
             await schema.check(database, embedder)
         except (DatabaseUnavailable, SchemaTooOld) as error:
             log.warning("the worker waits: %s", error)
-            await asyncio.sleep(_jittered(seconds))
+            await asyncio.sleep(jobs.jittered(seconds))
             seconds = min(2 * seconds, LONGEST_PAUSE)
         else:
             return
@@ -513,10 +359,6 @@ async def beside(embedder: Embedder, settings: Settings) -> AsyncIterator[None]:
 def patient(settings: Settings) -> Settings:
     """The settings of a worker's own database connections, behind which nobody waits."""
     return msgspec.structs.replace(settings, statement_timeout=max(settings.statement_timeout, STATEMENT_TIMEOUT))
-
-
-def _jittered(seconds: float) -> float:
-    return seconds * random.uniform(0.75, 1.25)  # noqa: S311  spreads tries, guards nothing
 
 
 def _said(counts: Counts) -> str:

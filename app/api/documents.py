@@ -37,6 +37,13 @@ CreatedAt = Annotated[datetime | None, Meta(description="With time zone. Left ou
 Embedding = Annotated[
     list[float] | None, Meta(description="A vector of the database's model; the text is then one chunk.")
 ]
+EmbeddingModel = Annotated[
+    str | None,
+    Meta(
+        description="Name of the model `embedding` is of; refused unless it is the one that is searched. While the model "
+        "is being changed, the other one's, for a document that is stored with this text and a vector of its own."
+    ),
+]
 IfMatch = Annotated[
     str | None,
     HeaderParameter(
@@ -65,6 +72,7 @@ class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True, omit_default
     metadata: Labels = {}
     created_at: CreatedAt = None
     embedding: Embedding = None
+    embedding_model: EmbeddingModel = None
 
 
 class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -77,6 +85,7 @@ class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True)
     metadata: Labels = {}
     created_at: CreatedAt = None
     embedding: Embedding = None
+    embedding_model: EmbeddingModel = None
 
 
 class PutDocuments(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

@@ -20,7 +20,7 @@ from app import explanation, filters, questions, rerank, scans, search, spaces, 
 from app.api import operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
-from app.drafts import MAX_QUERY_BYTES, check_moment, check_range, check_text, check_vector
+from app.drafts import MAX_QUERY_BYTES, check_model, check_moment, check_range, check_text, check_vector
 from app.embedding import Embedder
 from app.errors import BadInput
 from app.explanation import Explanation
@@ -112,6 +112,12 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     tenant_id: TenantId
     query: str | None = None
     embedding: list[float] | None = None
+    embedding_model: Annotated[
+        str | None,
+        Meta(
+            description="Name of the model `embedding` is of; refused unless it is the one whose vectors are searched."
+        ),
+    ] = None
     top_k: TopK = 10
     threshold: Threshold | None = None
     doc_type: DocType = None
@@ -305,13 +311,8 @@ async def _answers(service: Service, searches: Sequence[SearchRequest], places: 
     async def answered(embedder: Embedder) -> list[SearchResponse]:
         return await _answers_of(service, embedder, searches, places)
 
-    if any(data.embedding is not None for data in searches):
-        await spaces.expect(
-            service.database,
-            service.settings,
-            service.embedder,
-            [len(data.embedding) for data in searches if data.embedding is not None],
-        )
+    brought = [(data.embedding_model, len(data.embedding)) for data in searches if data.embedding is not None]
+    await spaces.expect(service.database, service.settings, service.embedder, brought)
     return await spaces.following(service.database, service.settings, service.embedder, answered)
 
 
@@ -389,6 +390,7 @@ def _given(embedder: Embedder, data: SearchRequest) -> npt.NDArray[np.float32] |
         raise BadInput("query", "give either query or embedding, not both and not neither")
     if data.mode != "vector" and data.query is None:
         raise BadInput("query", f"is missing; the mode {data.mode} searches its words")
+    check_model(data.embedding_model, data.embedding, embedder.model)
     return None if data.embedding is None else check_vector(data.embedding, embedder.dimensions)
 
 

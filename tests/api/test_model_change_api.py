@@ -96,3 +96,59 @@ async def test_many_requests_at_once_are_answered_while_the_switch_happens(clien
         counts = await asyncio.gather(*asking)
     assert min(counts) > 0
     steps.run(lambda connection: change.finish(connection, lambda _: None))
+
+
+async def test_callers_say_which_model_their_vectors_are_of(client, steps: Steps, owner):
+    text = "A text of its own."
+    old, new = (embedding(text, length).tolist() for length in (DIMENSIONS, LENGTH))
+    former = {"embedding": old, "embedding_model": "text-embedding-3-small"}
+    latter = {"embedding": new, "embedding_model": NEW}
+    await put(client, "own", text, **former)
+    assert await best(client, **former) == "own"
+
+    async def refused(path, **fields):
+        body = {"tenant_id": "acme", **fields}
+        answer = await (client.put(path, json=body) if path.startswith("/doc") else client.post(path, json=body))
+        assert (answer.status_code, answer.json()["field"]) == (400, "embedding_model"), answer.text
+        return answer.json()["detail"]
+
+    assert "allowed: text-embedding-3-small" in await refused("/documents/own", content=text, **latter)
+    assert "without an embedding" in await refused("/documents/own", content=text, embedding_model=NEW)
+    assert "allowed: text-embedding-3-small" in await refused("/search", **latter)
+    await steps.prepare()
+    with pytest.raises(SetupError, match='put them again with "embedding_model": "text-embedding-3-large"'):
+        await steps.switch()
+    assert "is not searched: allowed where" in await refused("/documents/own", content="Another text.", **latter)
+    assert "is not searched: allowed where" in await refused("/documents/none", content=text, **latter)
+    assert await put(client, "own", text, **latter) == {
+        "id": "own",
+        "status": "unchanged",
+        "version": 1,
+        "chunks": {"embedded": 0, "reused": 1, "removed": 0},
+    } | {"state": "ready"}
+    assert vectors(owner) == [(text, DIMENSIONS, True)]
+    assert vectors(owner, "pgrecall_run_documents") == [(text, LENGTH, True)]
+    await steps.switch()
+    assert "allowed: text-embedding-3-large" in await refused("/search", **former)
+    assert await best(client, **latter) == "own"
+    # Both in turn, so that a rollback stays possible.
+    await put(client, "own", "Another text of its own.", **latter)
+    with pytest.raises(SetupError, match="cannot rollback: 1 chunks have vectors"):
+        await steps.rollback()
+    await put(client, "own", "Another text of its own.", **former)
+    await steps.rollback()
+    assert await best(client, **former) == "own"
+
+
+async def test_vectors_of_one_length_are_told_apart_by_the_name_callers_give(client, steps: Steps):
+    text = "A text of its own."
+    vector = embedding(text, DIMENSIONS).tolist()
+    await put(client, "own", text, embedding=vector)
+    steps.start(change.model_of("another-model", DIMENSIONS, "openai", steps.new.base_url))
+    await steps.fill()
+    await put(client, "own", text, embedding=vector, embedding_model="another-model")
+    await steps.switch()
+    body = {"tenant_id": "acme", "embedding": vector, "embedding_model": "text-embedding-3-small"}
+    answer = await client.post("/search", json=body)
+    assert (answer.status_code, answer.json()["field"]) == (400, "embedding_model")
+    assert await best(client, embedding=vector, embedding_model="another-model") == "own"

@@ -15,9 +15,10 @@ import httpx
 import psycopg
 import pytest
 
-from app import demo
+from app import demo, erasure
 from app.__main__ import main, parser
 from app.drafts import Draft
+from app.errors import SetupError
 
 
 @pytest.fixture
@@ -292,7 +293,7 @@ def test_erase_asks_first_and_says_what_went_and_what_is_left_where(run, folder,
         monkeypatch.setattr(sys, "stdin", Terminal(typed))
         status, out, err = run("erase", "--tenant", "leaving", "--id", "otters.md")
         assert status == expected
-    assert "erased, nothing of it can be read any more" in out
+    assert "erased, nothing of it can be read any more" in " ".join(out.split())
     status, out, _ = run("erase", "--tenant", "leaving", "--yes", "--vacuum", "--json")
     report = json.loads(out)
     assert status == 0
@@ -301,6 +302,15 @@ def test_erase_asks_first_and_says_what_went_and_what_is_left_where(run, folder,
     assert report["remains"]
     assert not any(t["tenant_id"] == "leaving" for t in json.loads(run("status", "--json")[1])["tenants"])
     assert run("erase", "--tenant", "leaving", "--id", "otters.md", "--yes")[0] == 2
+
+    def refused(url):
+        raise SetupError("VACUUM is for the owner of the tables")
+
+    monkeypatch.setattr(erasure, "vacuum", refused)
+    status, out, err = run("erase", "--tenant", "leaving", "--yes", "--vacuum")
+    assert status == 1
+    assert "nothing of it can be read any more" in " ".join(out.split())
+    assert "not vacuumed: VACUUM is for the owner" in err
 
 
 class Terminal(io.StringIO):

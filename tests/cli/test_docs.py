@@ -231,6 +231,7 @@ def test_a_server_of_ones_own_embeds_searches_and_answers_as_the_page_on_models_
     assert all(f"    {command}\n" in readme for command in settings)
 
 
+@pytest.mark.timeout(300)  # eleven commands, each a process that may load the model
 def test_the_page_on_changing_the_model_shows_what_each_step_prints(shell, root, openai):
     openai.only_dimensions = 768
     shell.places = {"http://localhost:11434/v1": openai.url}

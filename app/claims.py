@@ -28,8 +28,8 @@ LEASE = 20.0
 RENEWALS = 4
 """Renewals within a lease: a stall of three quarters of it loses nothing."""
 
-LINGER = 0.25
-"""Seconds after which vectors that have come are kept, several answers in one transaction."""
+LINGER, ENOUGH = 1.0, 64
+"""Seconds, and vectors, after which those that have come are kept: a local model's few at a time would cost a transaction each."""
 
 Vector = npt.NDArray[np.float32]
 
@@ -133,11 +133,14 @@ class Keeper:
         self._holder = holder
         self._held = set(claimed)
         self._fresh: dict[bytes, Vector] = {}
-        self._over = asyncio.Event()
+        self._over = False
+        self._wake = asyncio.Event()
 
     def add(self, digest: bytes, vector: Vector) -> None:
         """A vector that has been computed."""
         self._fresh[digest] = vector
+        if len(self._fresh) >= ENOUGH:
+            self._wake.set()
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._work())
@@ -147,20 +150,24 @@ class Keeper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A caller that goes away leaves what was paid for behind.
-        self._over.set()
+        self._over = True
+        self._wake.set()
         await self._task
         with contextlib.suppress(PgrecallError) if error is not None else contextlib.nullcontext():
             await self._keep(release=self._held)
 
     async def _work(self) -> None:
         renewed = time.monotonic()
-        while not self._over.is_set():
+        while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LINGER):
-                    await self._over.wait()
+                async with asyncio.timeout(min(LINGER, LEASE / RENEWALS)):
+                    await self._wake.wait()
+            if self._over:
+                return
+            self._wake.clear()
             # What cannot be done now is tried again, and told at the end.
             with contextlib.suppress(PgrecallError):
-                if self._fresh and not self._over.is_set():
+                if self._fresh:
                     await self._keep(release=self._fresh)
                 if time.monotonic() - renewed > LEASE / RENEWALS:
                     renewed = time.monotonic()

@@ -35,6 +35,7 @@ class Fleet:
             "PGRECALL_CHUNK_MAX_TOKENS": "48",
             "PGRECALL_CHUNK_OVERLAP_TOKENS": "16",
             "PGRECALL_LOG_LEVEL": "warning",
+            "PGRECALL_WORKER_LEASE": "5",
         }
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]

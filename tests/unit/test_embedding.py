@@ -365,7 +365,7 @@ async def test_a_server_that_is_not_there_is_named_by_its_setting(opened):
     ],
 )
 async def test_a_lasting_fault_says_status_and_setting_and_nothing_of_the_server(opened, openai, status, named):
-    openai.fail(status=status, headers=SOON, times=3)
+    openai.fail(status=status, headers=SOON, times=20)
     with pytest.raises(EmbeddingFailed) as caught:
         await opened(embedding_retries=2).embed(["a"], "query")
     message = str(caught.value)

@@ -205,7 +205,7 @@ def _shown(fused: CTE, size: CTE, mixed: Mixed) -> Select[Any]:
         .subquery("found")
     )
     return (
-        select(size.c.candidates, found)
+        select(*size.c, found)
         .select_from(size.outerjoin(found, true()))
         .order_by(found.c.score.desc(), found.c.id, found.c.chunk_index)
     )

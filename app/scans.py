@@ -5,7 +5,7 @@
              `candidates` rows in the index's order and measures those again with the stored vectors.
     exact    measures every row that passes.
 
-All give the same columns, `candidates` among them (how many rows were measured; for `few` how many were counted, up to
+All give the same columns, but for `different` (`nearest` only), `candidates` among them (how many rows were measured; for `few` how many were counted, up to
 the bound), and compare the threshold after the top k are found.
 
 A tenant's rows are all in one *bucket*, one of BUCKETS partial HNSW indexes: in a graph of the whole table a tenant of
@@ -20,9 +20,11 @@ from sqlalchemy import (
     Float,
     FromClause,
     Integer,
+    Numeric,
     Select,
     Text,
     bindparam,
+    cast,
     func,
     literal,
     select,
@@ -37,6 +39,12 @@ Strategy = Literal["few", "nearest", "exact"]
 
 MAX_EF_SEARCH = 1_000
 """pgvector takes no more; nor can more candidates come out of one walk at full quality."""
+
+TELLING = 40
+"""Candidates that are looked at for copies of one text, however few hits are asked for."""
+
+REPETITIVE = 3
+"""Candidates for each different distance from which on a walk is taken to be caught among copies of one text."""
 
 EXACT = {"plan_cache_mode": "force_custom_plan", "jit": "off", "max_parallel_workers_per_gather": "0"}
 """A generic plan for the average tenant turns 5 ms into 127 ms (DESIGN §2)."""
@@ -77,7 +85,7 @@ def leg(strategy: Strategy, conditions: Conditions, wanted: Wanted, limit: str =
         walked = select(chunk.c.id, chunk.c.chunk_key, distance.label("distance")).where(*passes, _in_bucket())
         walked = walked.order_by(_by_index(wanted)).limit(bindparam("candidates", type_=Integer))
         near = walked.cte("near").prefix_with("MATERIALIZED")
-        return _best(near, near.c.distance + literal(0.0), wanted, limit), _size(near)
+        return _best(near, near.c.distance + literal(0.0), wanted, limit), _size(near, _different(near.c.distance))
     # "+ 0" keeps the index away: it is approximate. Shown and sorted by the same expression, it is computed once.
     measured = select(chunk.c.id, chunk.c.chunk_key, (distance + literal(0.0)).label("distance")).where(*passes)
     if strategy == "exact":
@@ -95,8 +103,14 @@ def leg(strategy: Strategy, conditions: Conditions, wanted: Wanted, limit: str =
     return _best(near, near.c.distance, wanted, limit, _fewer(size, bound)), size
 
 
-def _size(counted: FromClause) -> CTE:
-    return select(func.count().label("candidates")).select_from(counted).cte("size").prefix_with("MATERIALIZED")
+def _size(counted: FromClause, *more: ColumnElement[Any]) -> CTE:
+    size = select(func.count().label("candidates"), *more).select_from(counted)
+    return size.cte("size").prefix_with("MATERIALIZED")
+
+
+def _different(distance: ColumnElement[Any]) -> ColumnElement[int]:
+    """How many distances there are to the third digit: few among many rows are one text over and over."""
+    return func.count(func.round(cast(distance, Numeric()), 3).distinct()).label("different")
 
 
 def _fewer(size: CTE, bound: ColumnElement[int]) -> ColumnElement[bool]:
@@ -143,7 +157,7 @@ def shown(hit: CTE, size: CTE, wanted: Wanted) -> Select[Any]:
         found = found.where(similarity >= bindparam("threshold", type_=Float))
     rows = found.subquery("found")
     return (
-        select(size.c.candidates, rows)
+        select(*size.c, rows)
         .select_from(size.outerjoin(rows, true()))
         .order_by(rows.c.similarity.desc(), rows.c.id, rows.c.chunk_index)
     )

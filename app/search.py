@@ -150,8 +150,11 @@ async def search(
     dimensions = 0 if embedding is None else len(embedding)
     wanted = Wanted(dimensions, laid_out.kind, threshold is not None, options.grouped, bool(options.diversity))
     leg_k = max(fusion.LEG, several)
-    oversampling = options.oversampling or laid_out.oversampling
-    candidates = max(math.ceil(several * oversampling), leg_k if options.mode == "hybrid" else several)
+    candidates = max(
+        math.ceil(several * (options.oversampling or laid_out.oversampling)),
+        leg_k if options.mode == "hybrid" else several,
+        0 if options.oversampling else scans.TELLING,
+    )
     plan = _Plan(
         leg_k,
         min(candidates, scans.MAX_EF_SEARCH),
@@ -228,6 +231,8 @@ async def _nearest(walk: "_Walk", plan: _Plan, threshold: float | None) -> Found
     while True:
         rows = await walk.rows("nearest", scans.index_config(plan.ef_search, candidates))
         hits = walk.hits(rows)
+        if rows[0]["different"] * scans.REPETITIVE < rows[0]["candidates"]:
+            break  # caught among copies of one text, which are neighbours of nothing but each other
         enough = hybrid or len(hits) == walk.values["top_k"] or (threshold is not None and not wanted.grouped)
         if rows[0]["candidates"] >= candidates and enough:
             return Found(hits, Scan("index", kind=wanted.kind), walk.steps)

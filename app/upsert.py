@@ -7,9 +7,10 @@ chunk that is gone loses its row. Vectors are computed before a connection is ta
 
 import asyncio
 import contextlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -121,6 +122,10 @@ class _Plan:
         }
 
 
+Look = Callable[[], Awaitable[None]]
+"""`spaces.look`, when an embedder has failed."""
+
+
 async def put(
     database: Database,
     embedder: Embedder,
@@ -227,7 +232,8 @@ async def put_each(
     await _expect(database, embedder, settings, drafts)
 
     async def stored_in(space: Embedder) -> list[Outcome | Fault]:
-        return await _put_each(database, space, settings, tenant_id, drafts, meter)
+        look = partial(spaces.look, database, settings, embedder, space)
+        return await _put_each(database, space, settings, tenant_id, drafts, meter, look)
 
     return await spaces.following(database, settings, embedder, stored_in)
 
@@ -239,6 +245,7 @@ async def _put_each(
     tenant_id: str,
     drafts: Sequence[Draft],
     meter: Meter | None,
+    look: Look,
 ) -> list[Outcome | Fault]:
     cutter = await shadow.cutter(database, embedder, settings)
     planned = await asyncio.to_thread(_plan_each, cutter, settings, drafts)
@@ -250,6 +257,7 @@ async def _put_each(
         stored = await _stored(database, tenant_id, [plan.draft.id for plan in plans.values()])
         every = list(plans.values())
         vectors, faults = await _vectors(database, embedder, settings, tenant_id, every, stored, meter)
+        await _look(faults, look)
         left_out = dict(zip(plans, map(faults.get, range(len(every))), strict=True))
         for index, error in left_out.items():
             if error is not None:
@@ -282,13 +290,14 @@ async def complete(
     """
 
     async def completed_in(space: Embedder) -> list[Outcome | Fault | None]:
-        return await _complete(database, space, settings, tenant_id, claimed)
+        look = partial(spaces.look, database, settings, embedder, space)
+        return await _complete(database, space, settings, tenant_id, claimed, look)
 
     return await spaces.following(database, settings, embedder, completed_in)
 
 
 async def _complete(
-    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, claimed: Sequence[Claimed]
+    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, claimed: Sequence[Claimed], look: Look
 ) -> list[Outcome | Fault | None]:
     wanted = {each.draft.id: each.version for each in claimed}
     cutter = await shadow.cutter(database, embedder, settings)
@@ -300,6 +309,7 @@ async def _complete(
         # What is gone already is not paid for.
         plans = [plan for plan in plans if _awaits(stored.get(plan.draft.id), wanted[plan.draft.id])]
         vectors, faults = await _vectors(database, embedder, settings, tenant_id, plans, stored, None)
+        await _look(faults, look)
         answers |= {plans[index].draft.id: _fault(plans[index].draft, error) for index, error in faults.items()}
         plans = [plan for index, plan in enumerate(plans) if index not in faults]
         beside = await shadow.vectors(database, embedder, settings, tenant_id, list(vectors)) if plans else None
@@ -317,6 +327,12 @@ async def _complete(
         answers |= {outcome.id: outcome for outcome in outcomes}
         return [answers.get(document_id) for document_id in wanted]
     raise Unavailable("other writers kept changing these documents; try again")
+
+
+async def _look(faults: Mapping[int, PgrecallError], look: Look) -> None:
+    """Before anything is written or given up. Raises SpaceChanged where another embedder is the one to use."""
+    if any(isinstance(fault, EmbeddingFailed) for fault in faults.values()):
+        await look()
 
 
 def _awaits(stored: "_Stored | None", version: int) -> bool:
@@ -684,7 +700,7 @@ class _Space(NamedTuple):
     async def check(self, connection: AsyncConnection) -> None:
         """Raise SpaceChanged unless these are what the database wants. To be called with `sources` locked."""
         other = await spaces.locked(connection, self.database, self.embedder)
-        if (other and other.model) != (self.beside and self.beside.model):
+        if (other and other.where) != (self.beside and self.beside.where):
             raise SpaceChanged((self.embedder.model, self.embedder.dimensions))
 
 

@@ -165,7 +165,7 @@ async def test_vectors_of_one_length_are_told_apart_by_the_name_callers_give(cli
 
 
 async def search(client):
-    return (await client.post("/search", json={"tenant_id": "acme", "query": OTTERS, "top_k": 1})).status_code == 200
+    return (await client.post("/search", json={"tenant_id": "acme", "query": "who eats fish"})).status_code == 200
 
 
 async def ask(client):

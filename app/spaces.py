@@ -103,7 +103,8 @@ def opened(settings: Settings, recorded: Recorded) -> Embedder:
             embedding_dimensions=recorded.dimensions,
             openai_base_url=recorded.base_url,
             openai_api_key=settings.other_api_key if elsewhere else settings.openai_api_key,
-        )
+        ),
+        recorded=elsewhere,
     )
 
 

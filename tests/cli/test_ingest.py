@@ -101,6 +101,19 @@ def test_two_folders_with_the_same_file_do_not_overwrite_each_other(run, tmp_pat
     assert run("ingest", tmp_path / "two", "--tenant", "twins", "--prefix", "two/")[0] == 0
 
 
+def test_of_two_records_of_one_id_the_later_is_kept_and_its_line_named(run, tmp_path, stored):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    lines = [json.dumps({"id": f"d{n}", "content": f"text {n}"}) for n in range(600)]
+    first.write_text("\n".join([*lines, json.dumps({"id": "d0", "content": "another text"})]))
+    second.write_text(json.dumps({"id": "d1", "content": "a third text"}))
+    status, out, err = run("ingest", first, second, "--tenant", "records", "--json")
+    places = [f"{first}:601", f"{second}:1"]
+    assert (status, [each["path"] for each in json.loads(out)["notes"]]) == (0, places)
+    assert f"note: {places[0]} replaces an earlier record of the same id: 'd0'" in err
+    found = stored("records", "content")
+    assert (len(found), found["d0"], found["d1"]) == (600, "another text", "a third text")
+
+
 def test_dates_of_files_are_taken_on_demand(run, tmp_path, stored):
     (tmp_path / "a.txt").write_text("text")
     os.utime(tmp_path / "a.txt", (86_400, 86_400))

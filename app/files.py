@@ -19,6 +19,9 @@ from app.records import Mapped
 MAX_FILE = 256_000_000
 """Bytes of a file that is one document; what is in it may be 10 MB of text."""
 
+REMEMBERED = 1_000_000
+"""Records whose ids are remembered, to tell when another has one of them: 76 MB, and never more."""
+
 STDIN = Path("-")
 
 
@@ -206,7 +209,7 @@ def _draft(identity: str, page: Page) -> Draft:
 
 
 def _records(stream: io.FileIO, kind: str, name: str, reading: Reading, read: set[int]) -> Iterator[Step]:
-    """`read`: hashes of the ids of records before, 60 MB for a million. Of two of one id the later one is kept, and noted."""
+    """`read`: hashes of the ids of records before. Of two records of one id the later one is kept, and noted."""
     if kind == "jsonl":
         places: Iterable[records.Place | str] = records.jsonl(stream, reading.mapped)
     else:
@@ -222,7 +225,8 @@ def _records(stream: io.FileIO, kind: str, name: str, reading: Reading, read: se
             digest = hash(draft.id)
             if digest in read:
                 yield Step(Noted(f"{name}:{place.line}", f"replaces an earlier record of the same id: {draft.id!r}"), 0)
-            read.add(digest)
+            if len(read) < REMEMBERED:
+                read.add(digest)
             yield Step(_labelled(draft, reading), place.size)
 
 

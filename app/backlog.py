@@ -1,4 +1,4 @@
-"""What `pgrecall worker`, `queue` and `retry` do. `__main__` reads the arguments; everything here gets them typed."""
+"""What `pgrecall worker`, `queue` and `retry` do. `arguments` reads the command line; everything here gets it typed."""
 
 import asyncio
 from argparse import Namespace

@@ -27,7 +27,7 @@ from app.drafts import Draft, check_range
 from app.errors import BadInput, TooLarge
 from app.feed import Answer, Entry, Feed
 from app.meter import Meter
-from app.upsert import Outcome
+from app.outcomes import Outcome
 
 MEDIA_TYPE = "application/x-ndjson"
 MAX_LINE = 16_000_000

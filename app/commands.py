@@ -1,4 +1,4 @@
-"""What each command of `pgrecall` does. `__main__` reads the arguments; everything here gets them typed."""
+"""What each command of `pgrecall` does. `arguments` reads the command line; everything here gets it typed."""
 
 import asyncio
 import contextlib

@@ -16,8 +16,8 @@ from app.embedding import Embedder
 from app.errors import BadInput, PgrecallError
 from app.loading import BATCH_CHARACTERS, BATCH_DOCUMENTS, UnderWay
 from app.meter import Meter
+from app.outcomes import Outcome
 from app.settings import Settings
-from app.upsert import Outcome
 
 MOST_ENTRIES = 2_000
 MOST_BYTES = 16_000_000

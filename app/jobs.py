@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 
-from app import pending, upsert
+from app import completion, pending
+from app.completion import Claimed
 from app.database import Database
 from app.drafts import MAX_TEXT_BYTES, Draft
 from app.embedding import Embedder
 from app.errors import BeingErased, EmbeddingFailed, PgrecallError, SetupError, Unavailable
+from app.outcomes import Fault, Outcome
 from app.pending import Claim
 from app.settings import Settings
 from app.statements import rendered
 from app.tables import tenant_sources
-from app.upsert import Claimed, Fault, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ async def work(
         return None
     try:
         documents = await _loaded(tools, tenant_id, claims)
-        answers = await upsert.complete(tools.database, tools.embedder, tools.settings, tenant_id, documents)
+        answers = await completion.complete(tools.database, tools.embedder, tools.settings, tenant_id, documents)
     except BeingErased:
         raise  # no reason for other tenants to wait
     except AWAY as error:

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, Self
 
 from app import upsert
 from app.database import Database
+from app.difference import compare
 from app.drafts import Draft, check
 from app.embedding import Embedder
 from app.errors import BadInput, PgrecallError, Unavailable
 from app.files import Noted, Step, Unreadable
 from app.meter import Meter
+from app.outcomes import Fault, Outcome
 from app.settings import Settings
-from app.upsert import Fault, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ async def load(
     async with UnderWay() as under_way:
         async for run in readable(steps, embedder.dimensions, counts, told, seen):
             await under_way.wait_for({each.draft.id for each in run})
-            found = await upsert.compare(database, embedder, settings, tenant_id, [each.draft for each in run])
+            found = await compare(database, embedder, settings, tenant_id, [each.draft for each in run])
             changed = []
             for each, difference in zip(run, found, strict=True):
                 if difference.status == "unchanged":

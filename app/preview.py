@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import ARRAY, LargeBinary, bindparam, func, select
 
-from app import cache, upsert
+from app import cache
 from app.database import Database
+from app.difference import compare
 from app.drafts import Draft
 from app.embedding import Embedder
 from app.files import Step
@@ -59,7 +60,7 @@ async def preview(
     wanted: set[bytes] = set()
     async for run in readable(steps, embedder.dimensions, counts, told, seen):
         drafts: list[Draft] = [each.draft for each in run]
-        found = await upsert.compare(database, embedder, settings, tenant_id, drafts, chunks=True)
+        found = await compare(database, embedder, settings, tenant_id, drafts, chunks=True)
         texts: dict[bytes, str] = {}
         for difference in found:
             setattr(counts, difference.status, getattr(counts, difference.status) + 1)

@@ -8,7 +8,7 @@ as well: it may be the one that a rollback was to get away from, or the model ma
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -30,6 +30,9 @@ TRIES = 4
 """How often something is done again because the space changed: a replica may be behind the primary."""
 
 T = TypeVar("T")
+
+Look = Callable[[Collection[PgrecallError]], Awaitable[None]]
+"""`look`, with all but the faults."""
 
 
 @dataclass
@@ -115,7 +118,8 @@ def opened(settings: Settings, recorded: Recorded) -> Embedder:
             embedding_dimensions=recorded.dimensions,
             openai_base_url=recorded.base_url,
             openai_api_key=settings.other_api_key if elsewhere else settings.openai_api_key,
-        )
+        ),
+        recorded=elsewhere,
     )
 
 
@@ -153,8 +157,15 @@ async def refresh(database: Database) -> None:
     learn(database, await model.every(database))
 
 
-async def look(database: Database, settings: Settings, configured: Embedder, embedder: Embedder) -> None:
-    """Look again, because this embedder failed. Raises SpaceChanged where another one is to be used in its place."""
+async def look(
+    database: Database, settings: Settings, configured: Embedder, embedder: Embedder, faults: Collection[PgrecallError]
+) -> None:
+    """Look again if this embedder failed, before anything is written or given up for these faults.
+
+    Raises SpaceChanged where another embedder is to be used in its place.
+    """
+    if not any(isinstance(fault, EmbeddingFailed) for fault in faults):
+        return
     await refresh(database)
     found = await current(database, settings, configured)
     if found is not embedder:
@@ -174,7 +185,7 @@ async def following(
             return await run(embedder)
         except EmbeddingFailed as failure:
             try:
-                await look(database, settings, configured, embedder)
+                await look(database, settings, configured, embedder, [failure])
             except SpaceChanged:
                 embedder = await current(database, settings, configured)
             except PgrecallError:

@@ -23,8 +23,8 @@ from app.api.service import Service
 from app.documents import Document
 from app.drafts import MAX_ID_BYTES, Draft, check_range, check_text
 from app.errors import BadInput
+from app.outcomes import Outcome
 from app.tags import tag
-from app.upsert import Outcome
 
 MAX_BATCH_BODY = 64_000_000
 MAX_PAGE = 1_000

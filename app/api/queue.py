@@ -17,7 +17,7 @@ from app.api.search import TenantId
 from app.api.service import Service
 from app.drafts import MAX_ID_BYTES, check_text
 from app.errors import BadInput
-from app.upsert import MAX_BATCH
+from app.plans import MAX_BATCH
 
 
 class Status(Struct, kw_only=True):

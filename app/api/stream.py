@@ -27,7 +27,7 @@ from app.drafts import Draft, check_range
 from app.errors import BadInput, TooLarge
 from app.feed import Answer, Entry, Feed
 from app.meter import Meter
-from app.upsert import Outcome
+from app.outcomes import Outcome
 
 MEDIA_TYPE = "application/x-ndjson"
 MAX_LINE = 16_000_000
@@ -209,6 +209,6 @@ def _entry(number: int, size: int, pieces: list[bytes]) -> Entry | None:
     if not line.strip():
         return None
     try:
-        return Entry(number, size, Draft(**msgspec.structs.asdict(faults.decoded(line, Item))))
+        return Entry(number, size, Draft(**msgspec.structs.asdict(faults.decoded(line, Item, "line"))))
     except BadInput as fault:
         return Entry(number, size, fault)

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 import pytest
 from msgspec.structs import replace
 
-from app import change, upsert
+from app import change, completion
 from app.drafts import Draft
 from app.errors import SetupError
+from app.outcomes import Outcome
 from tests.conftest import DIMENSIONS
 from tests.database.test_models import CATS, HERONS, LENGTH, NEW, OTTERS, Steps, abandon, steps, vectors
 from tests.openai_server import OpenAIServer, embedding
@@ -216,9 +217,9 @@ async def test_a_worker_follows_a_rollback_from_a_model_whose_server_died(client
     await steps.rollback()
     body = {"tenant_id": "acme", "content": CATS}
     assert (await client.put("/documents/cats", params={"wait": "false"}, json=body)).status_code == 202
-    claimed = [upsert.Claimed(Draft("cats", CATS), 1)]
-    (outcome,) = await upsert.complete(steps.database, steps.embedder, steps.settings, "acme", claimed)
-    assert isinstance(outcome, upsert.Outcome)
+    claimed = [completion.Claimed(Draft("cats", CATS), 1)]
+    (outcome,) = await completion.complete(steps.database, steps.embedder, steps.settings, "acme", claimed)
+    assert isinstance(outcome, Outcome)
     assert vectors(owner) == [(text, DIMENSIONS, True) for text in (CATS, OTTERS)]
 
 

@@ -266,7 +266,7 @@ async def test_a_chat_model_that_says_nothing_is_not_waited_for(client, corpus, 
 
 @either_way
 async def test_a_question_that_cannot_be_embedded_is_a_502_before_any_stream(client, corpus, openai, stream):
-    openai.fail(status=500, path=EMBEDDINGS)
+    openai.fail(status=401, path=EMBEDDINGS)
     response = await post(client, stream=stream)
     assert assert_problem(response, 502)["type"] == "urn:pgrecall:problem:embedding-failed"
     assert "secret" not in response.text

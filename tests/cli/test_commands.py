@@ -16,7 +16,8 @@ import psycopg
 import pytest
 
 from app import demo, erasure
-from app.__main__ import main, parser
+from app.__main__ import main
+from app.arguments import parser
 from app.drafts import Draft
 from app.errors import SetupError
 

@@ -14,7 +14,7 @@ import httpx
 import psycopg
 import pytest
 
-from app.__main__ import parser
+from app.arguments import parser
 from app.chunking import Chunk
 from app.embedding import open_embedder
 from tests.conftest import DIMENSIONS, settings_for

@@ -13,8 +13,9 @@ from app.conditions import Conditions
 from app.drafts import Draft
 from app.errors import BadInput, EmbeddingFailed, NotFound, TooLarge, VersionConflict
 from app.meter import Meter
+from app.outcomes import Fault
 from app.tags import tag
-from app.upsert import Fault, put, put_each
+from app.upsert import put, put_each
 
 PROSE = " ".join(
     f"Sentence number {n} tells of the {word} that was seen near the {place}."

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from app import local, schema
-from app.__main__ import parser
+from app.arguments import parser
 from app.settings import Settings, variable
 
 DECIDED = {"DATABASE_URL", "PGRECALL_MIGRATION_URL", "PGRECALL_DATA_DIR"}

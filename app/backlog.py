@@ -78,20 +78,27 @@ def _listed(config: Settings, values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def retry(arguments: Namespace, config: Settings) -> int:
-    """Queue documents that were given up again."""
+    """Queue documents that were given up again. 1: some of those named were not given up, or do not exist."""
     tenant_id = tenants.check(arguments.tenant, "--tenant")
     with schema.provided(config) as ready:
-        retried = asyncio.run(_retry(ready, tenant_id, None if arguments.all else arguments.id))
+        retried, others = asyncio.run(_retry(ready, tenant_id, None if arguments.all else arguments.id))
     if arguments.json:
-        terminal.json({"retried": retried})
+        terminal.json({"retried": retried, "not_given_up": others})
     else:
         terminal.say(f"{retried} documents of {tenant_id} are pending again; a worker takes them up")
-    return 0
+        if others:
+            terminal.say(f"not given up, or not there at all: {', '.join(others)}")
+    return 1 if others else 0
 
 
-async def _retry(config: Settings, tenant_id: str, ids: list[str] | None) -> int:
+async def _retry(config: Settings, tenant_id: str, ids: list[str] | None) -> tuple[int, list[str]]:
+    """How many were queued, and which of the ids were not."""
     database = Database(config, config.database_url or "")
     try:
-        return await pending.retry(database, tenant_id, ids)
+        if ids is None:
+            return await pending.retry(database, tenant_id), []
+        named = list(dict.fromkeys(ids))
+        others = [each for each in named if not await pending.retry(database, tenant_id, [each])]
+        return len(named) - len(others), others
     finally:
         await database.close()

@@ -61,9 +61,14 @@ with batch as materialized (
 ), followed as (
     update sources s set embedding_model = %(name)s from batch b where s.tenant_id = b.tenant_id and s.id = b.id
 )
-select tenant_id, id from batch order by tenant_id desc, id desc limit 1
+select tenant_id, id, count(*) over () from batch order by tenant_id desc, id desc limit 1
 """
-"""The model's name in a batch of sources, locked in the order in which writers lock; the last of them."""
+"""The model's name in a batch of sources, locked in the order in which writers lock; the last of them, how many they are."""
+
+BEHIND = """
+select count(*) from sources where state = 'ready' and embedding_model is distinct from %(name)s
+"""
+"""Sources that have the name of another model than this one."""
 
 COMPLETE = """
 select not exists (select from documents d
@@ -151,12 +156,6 @@ def standing(connection: Connection) -> Standing:
     )
     unfinished = swap.unfinished(connection, kind(connection, found), found.dimensions)
     return Standing(models(connection), active(connection), found, chunks, counted, unfinished)
-
-
-def documents(connection: Connection) -> int:
-    """How many there are."""
-    row = connection.execute("select count(*) from sources").fetchone()
-    return int(row[0]) if row else 0
 
 
 def gaps(connection: Connection) -> Gaps:
@@ -358,6 +357,12 @@ def _drop(connection: Connection, gone: Recorded, state: str | None) -> None:
         connection.execute("delete from vector_indexes where state = 'retired'")
 
 
+def behind(connection: Connection) -> int:
+    """How many sources have another model's name than the active one's: what `follow` has to do."""
+    row = connection.execute(BEHIND, {"name": active(connection).name}).fetchone()
+    return int(row[0]) if row else 0
+
+
 def follow(connection: Connection, told: Callable[[int], None], batch: int = 1_000) -> None:
     """Write the active model's name into every source that has another, in short transactions. May be run again."""
     name = active(connection).name
@@ -368,7 +373,7 @@ def follow(connection: Connection, told: Callable[[int], None], batch: int = 1_0
         if row is None:
             return
         place = {"tenant_id": row[0], "id": row[1]}
-        done += batch
+        done += row[2]
         told(done)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +61,19 @@ async def complete(
     """
 
     async def completed_in(space: Embedder) -> list[Outcome | Fault | None]:
-        return await _complete(database, space, settings, tenant_id, claimed)
+        look = partial(spaces.look, database, settings, embedder, space)
+        return await _complete(database, space, settings, tenant_id, claimed, look)
 
     return await spaces.following(database, settings, embedder, completed_in)
 
 
 async def _complete(
-    database: Database, embedder: Embedder, settings: Settings, tenant_id: str, claimed: Sequence[Claimed]
+    database: Database,
+    embedder: Embedder,
+    settings: Settings,
+    tenant_id: str,
+    claimed: Sequence[Claimed],
+    look: spaces.Look,
 ) -> list[Outcome | Fault | None]:
     wanted = {each.draft.id: each.version for each in claimed}
     cutter = await shadow.cutter(database, embedder, settings)
@@ -79,6 +86,7 @@ async def _complete(
         # What is gone already is not paid for.
         plans = [plan for plan in plans if _awaits(stored.get(plan.draft.id), wanted[plan.draft.id])]
         vectors, faults = await embed_fresh(database, embedder, settings, tenant_id, plans, stored, None)
+        await look(faults.values())
         answers.update({plans[index].draft.id: fault_of(plans[index].draft, error) for index, error in faults.items()})
         plans = [plan for index, plan in enumerate(plans) if index not in faults]
         if not plans:

@@ -57,9 +57,12 @@ class Embedder(Protocol):
         ...
 
 
-def open_embedder(settings: Settings) -> Embedder:
-    """The embedder the settings ask for, loaded; raises SetupError where that cannot work."""
-    return OpenAIEmbedder(settings) if settings.uses_openai else LocalEmbedder()
+def open_embedder(settings: Settings, *, recorded: bool = False) -> Embedder:
+    """The embedder the settings ask for, loaded; raises SetupError where that cannot work.
+
+    `recorded`: their address is the one in embedding_models, not the environment's; faults name it so.
+    """
+    return OpenAIEmbedder(settings, recorded=recorded) if settings.uses_openai else LocalEmbedder()
 
 
 class LocalEmbedder:

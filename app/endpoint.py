@@ -69,15 +69,20 @@ class _Answer(msgspec.Struct):
 
 
 class Endpoint:
-    """The server's `/embeddings`. Learns what the server does not know and how much it takes."""
+    """The server's `/embeddings`. Learns what the server does not know and how much it takes.
 
-    def __init__(self, settings: Settings) -> None:
+    `recorded`: its address is the one in embedding_models, so that faults name that and the key that goes with it.
+    """
+
+    def __init__(self, settings: Settings, *, recorded: bool = False) -> None:
         import openai  # noqa: PLC0415 - takes 0.6 s, which the local model need not pay
 
         self.most_texts = MAX_INPUTS
         self.settled = False
         """Whether it has answered once."""
         self._model = settings.model
+        self._address = f"base_url of {self._model} in embedding_models" if recorded else "OPENAI_BASE_URL"
+        self._key = "PGRECALL_OTHER_API_KEY" if recorded else "OPENAI_API_KEY"
         self._dimensions = settings.dimensions
         self._timeout = settings.embedding_timeout
         self._client = openai.AsyncOpenAI(
@@ -130,7 +135,7 @@ class Endpoint:
             return msgspec.json.decode(body, type=_Answer)
         except msgspec.MsgspecError:
             raise Garbled(
-                f"the server of {self._model} answered with something other than embeddings; is OPENAI_BASE_URL right?"
+                f"the server of {self._model} answered with something other than embeddings; is {self._address} right?"
             ) from None
 
     async def _post(self, texts: list[str], options: dict[str, Any]) -> bytes:
@@ -146,7 +151,7 @@ class Endpoint:
         except openai.APITimeoutError:
             raise Passing(f"{server} did not answer within {self._timeout:g} s (PGRECALL_EMBEDDING_TIMEOUT)") from None
         except openai.APIConnectionError:
-            raise Passing(f"{server} cannot be reached or hangs up; look at OPENAI_BASE_URL") from None
+            raise Passing(f"{server} cannot be reached or hangs up; look at {self._address}") from None
         except openai.APIStatusError as error:
             raise self._meaning(error.status_code, error.response.headers, error.code) from None
         except openai.APIError:
@@ -162,7 +167,8 @@ class Endpoint:
                 "PGRECALL_EMBEDDING_MODEL and PGRECALL_EMBEDDING_DIMENSIONS",
                 status,
             )
-        fault = f"{server} answered with status {status}{_ADVICE.get(status, '')}"
+        advice = _ADVICE.get(status, "").format(key=self._key, address=self._address)
+        fault = f"{server} answered with status {status}{advice}"
         hint = headers.get("x-should-retry")  # OpenAI's servers know best
         passing = hint == "true" if hint in ("true", "false") else status in PASSING or status >= BROKEN
         if not passing or code == "insufficient_quota":
@@ -232,10 +238,10 @@ def _fewer(options: dict[str, Any], model: str) -> Iterator[dict[str, Any]]:
 
 
 _ADVICE = {
-    401: ": it does not accept the key; look at OPENAI_API_KEY",
-    403: ": it does not let this key use this model; look at OPENAI_API_KEY and PGRECALL_EMBEDDING_MODEL",
+    401: ": it does not accept the key; look at {key}",
+    403: ": it does not let this key use this model; look at {key} and PGRECALL_EMBEDDING_MODEL",
     404: ": it does not know this model or this address, which mostly ends in /v1; look at PGRECALL_EMBEDDING_MODEL and "
-    "OPENAI_BASE_URL",
+    "{address}",
     429: ": too many requests, or the quota is used up",
 }
 

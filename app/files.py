@@ -19,6 +19,9 @@ from app.records import Mapped
 MAX_FILE = 256_000_000
 """Bytes of a file that is one document; what is in it may be 10 MB of text."""
 
+REMEMBERED = 1_000_000
+"""Records whose ids are remembered, to tell when another has one of them: 76 MB, and never more."""
+
 STDIN = Path("-")
 
 
@@ -149,20 +152,21 @@ def total(given: Sequence[Path], reading: Reading) -> int | None:
 
 def drafts(given: Sequence[Path], reading: Reading) -> Iterator[Step]:
     """A draft for each file of one document and for each record of the others, in the order of the files."""
+    read: set[int] = set()
     for found in walk(given, reading):
         if isinstance(found, Unreadable):
             yield Step(found, 0)
         else:
-            yield from _steps(found, reading)
+            yield from _steps(found, reading, read)
 
 
-def _steps(file: File, reading: Reading) -> Iterator[Step]:
+def _steps(file: File, reading: Reading, read: set[int]) -> Iterator[Step]:
     kind = reading.format or formats.SUFFIXES[file.path.suffix.lower()]
     name = "standard input" if file.path == STDIN else str(file.path)
     try:
         with open(0 if file.path == STDIN else file.path, "rb", buffering=0, closefd=file.path != STDIN) as stream:
             if kind in formats.RECORDS:
-                yield from _records(stream, kind, name, reading)
+                yield from _records(stream, kind, name, reading, read)
             else:
                 yield from _document(stream, kind, name, file, reading)
     except OSError as error:
@@ -204,7 +208,8 @@ def _draft(identity: str, page: Page) -> Draft:
     return Draft(identity, page.content, page.title, page.doc_type, page.metadata, page.created_at)
 
 
-def _records(stream: io.FileIO, kind: str, name: str, reading: Reading) -> Iterator[Step]:
+def _records(stream: io.FileIO, kind: str, name: str, reading: Reading, read: set[int]) -> Iterator[Step]:
+    """`read`: hashes of the ids of records before. Of two records of one id the later one is kept, and noted."""
     if kind == "jsonl":
         places: Iterable[records.Place | str] = records.jsonl(stream, reading.mapped)
     else:
@@ -217,6 +222,11 @@ def _records(stream: io.FileIO, kind: str, name: str, reading: Reading) -> Itera
             yield Step(Unreadable(f"{name}:{place.line}", str(place.made)), place.size)
         else:
             draft = replace(place.made, id=reading.prefix + place.made.id)
+            digest = hash(draft.id)
+            if digest in read:
+                yield Step(Noted(f"{name}:{place.line}", f"replaces an earlier record of the same id: {draft.id!r}"), 0)
+            if len(read) < REMEMBERED:
+                read.add(digest)
             yield Step(_labelled(draft, reading), place.size)
 
 

@@ -42,6 +42,11 @@ class Recorded(NamedTuple):
         """Its space."""
         return Model(self.name, self.dimensions)
 
+    @property
+    def where(self) -> "Recorded":
+        """Its space and who computes it, whatever its state."""
+        return self._replace(state="active")
+
 
 _columns = [embedding_models.c[name] for name in Recorded._fields]
 

@@ -61,13 +61,16 @@ class _Job:
 
 
 class OpenAIEmbedder:
-    """Embeds through the OpenAI protocol. One throttle for all its calls: what one is told to wait, all others wait."""
+    """Embeds through the OpenAI protocol. One throttle for all its calls: what one is told to wait, all others wait.
 
-    def __init__(self, settings: Settings) -> None:
+    `recorded`: the server's address is the one in embedding_models.
+    """
+
+    def __init__(self, settings: Settings, *, recorded: bool = False) -> None:
         self.model = settings.model
         self.dimensions = settings.dimensions
         self.max_tokens = OPENAI_MAX_TOKENS
-        self._endpoint = Endpoint(settings)
+        self._endpoint = Endpoint(settings, recorded=recorded)
         self._retries = settings.embedding_retries
         self._patience = settings.embedding_patience
         self._lanes = settings.embedding_concurrency

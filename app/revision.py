@@ -93,7 +93,7 @@ class Space(NamedTuple):
     async def check(self, connection: AsyncConnection) -> None:
         """Raise SpaceChanged unless these are what the database wants. To be called with `sources` locked."""
         other = await spaces.locked(connection, self.database, self.embedder)
-        if (other and other.model) != (self.beside and self.beside.model):
+        if (other and other.where) != (self.beside and self.beside.where):
             raise SpaceChanged((self.embedder.model, self.embedder.dimensions))
 
 

@@ -72,8 +72,13 @@ ADD_CHUNKS = _added.on_conflict_do_update(
 class Beside(NamedTuple):
     """Vectors of the other model by text, as far as there are any."""
 
-    model: Model
+    where: Recorded
     vectors: Vectors
+
+    @property
+    def model(self) -> Model:
+        """Its space."""
+        return self.where.model
 
 
 class Cutter:
@@ -94,7 +99,7 @@ class Cutter:
         return [max(one, math.ceil(other * self._share)) for one, other in zip(ours, theirs, strict=True)]
 
 
-_failed: WeakKeyDictionary[Database, float] = WeakKeyDictionary()
+_failed: WeakKeyDictionary[Database, tuple[Recorded, float]] = WeakKeyDictionary()
 
 
 async def cutter(database: Database, embedder: Embedder, settings: Settings) -> Embedder | Cutter:
@@ -119,8 +124,9 @@ async def vectors(
     other = spaces.beside(database)
     if other is None:
         return None
-    if not texts or time.monotonic() - _failed.get(database, float("-inf")) < PAUSE:
-        return Beside(other.model, {})
+    failed, when = _failed.get(database, (None, float("-inf")))
+    if not texts or (failed == other.where and time.monotonic() - when < PAUSE):
+        return Beside(other.where, {})
     try:
         using = await spaces.of(database, settings, embedder, other.model)
         sizes = using.count_tokens(list(texts))
@@ -132,7 +138,7 @@ async def vectors(
     else:
         in_the_way = next((fault for fault in faults.values() if getattr(fault, "index", None) is None), None)
     if in_the_way is not None:
-        _failed[database] = time.monotonic()
+        _failed[database] = other.where, time.monotonic()
         log.warning(
             "%s gave no vectors; what is written within %.0f s is left to `pgrecall model backfill`: %s",
             other.name,
@@ -140,7 +146,7 @@ async def vectors(
             in_the_way,
         )
     vectors = zip(fitting, found, strict=True)
-    return Beside(other.model, {text: vector for row, (text, vector) in enumerate(vectors) if row not in faults})
+    return Beside(other.where, {text: vector for row, (text, vector) in enumerate(vectors) if row not in faults})
 
 
 class Brought(NamedTuple):

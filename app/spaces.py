@@ -2,12 +2,14 @@
 
 A process need not be started anew when the model is changed. It believes what it saw last; every search says in which
 space it was answered and every write looks while it holds its locks (`locked`), and either raises SpaceChanged where that
-is another one. `following` then does it again with the other embedder.
+is another one. `following` then does it again with the other embedder. A failure of the model's server is a reason to look
+as well: it may be the one that a rollback was to get away from, or the model may be computed somewhere else by now.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -18,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app import model
 from app.database import Database
 from app.embedding import Embedder, LocalEmbedder, open_embedder
-from app.errors import SetupError, SpaceChanged
+from app.errors import DatabaseUnavailable, EmbeddingFailed, PgrecallError, SetupError, SpaceChanged
 from app.model import Model, Recorded
 from app.settings import Settings
 
@@ -29,6 +31,9 @@ TRIES = 4
 
 T = TypeVar("T")
 
+Look = Callable[[Collection[PgrecallError]], Awaitable[None]]
+"""`look`, with all but the faults."""
+
 
 @dataclass
 class _Seen:
@@ -36,7 +41,8 @@ class _Seen:
 
     models: dict[Model, Recorded] = field(default_factory=dict)
     active: Model | None = None
-    opened: dict[Model, Embedder] = field(default_factory=dict)
+    opened: dict[Model, tuple[Recorded, Embedder]] = field(default_factory=dict)
+    replaced: list[Embedder] = field(default_factory=list)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -84,9 +90,18 @@ async def of(database: Database, settings: Settings, configured: Embedder, wante
             seen.models = {each.model: each for each in await model.every(database)}
         if wanted not in seen.models:
             raise SetupError(f"the model {wanted.name} with {wanted.dimensions} dimensions is not recorded")
-        if wanted not in seen.opened:
-            seen.opened[wanted] = await asyncio.to_thread(opened, settings, seen.models[wanted])
-        return seen.opened[wanted]
+        # A change that was given up and begun anew may have another server for the same model; what state it is in is
+        # nothing to its embedder.
+        row = seen.models[wanted].where
+        known, embedder = seen.opened.get(wanted, (None, None))
+        if embedder is None or known != row:
+            if embedder is not None:
+                # Requests that are under way still use it, so it is closed when this process ends.
+                seen.replaced.append(embedder)
+                del seen.opened[wanted]
+            embedder = await asyncio.to_thread(opened, settings, row)
+            seen.opened[wanted] = row, embedder
+        return embedder
 
 
 def opened(settings: Settings, recorded: Recorded) -> Embedder:
@@ -103,7 +118,8 @@ def opened(settings: Settings, recorded: Recorded) -> Embedder:
             embedding_dimensions=recorded.dimensions,
             openai_base_url=recorded.base_url,
             openai_api_key=settings.other_api_key if elsewhere else settings.openai_api_key,
-        )
+        ),
+        recorded=elsewhere,
     )
 
 
@@ -141,18 +157,47 @@ async def refresh(database: Database) -> None:
     learn(database, await model.every(database))
 
 
+async def look(
+    database: Database, settings: Settings, configured: Embedder, embedder: Embedder, faults: Collection[PgrecallError]
+) -> None:
+    """Look again if this embedder failed, before anything is written or given up for these faults.
+
+    Raises SpaceChanged where another embedder is to be used in its place.
+    """
+    if not any(isinstance(fault, EmbeddingFailed) for fault in faults):
+        return
+    await refresh(database)
+    found = await current(database, settings, configured)
+    if found is not embedder:
+        raise SpaceChanged((found.model, found.dimensions))
+
+
 async def following(
     database: Database, settings: Settings, configured: Embedder, run: Callable[[Embedder], Awaitable[T]]
 ) -> T:
-    """What `run` gives with the embedder of the space that is searched; again where that changed under it."""
+    """What `run` gives with the embedder of the space that is searched; again where that changed under it.
+
+    Raises the EmbeddingFailed of an embedder that is still the one to use.
+    """
     embedder = await current(database, settings, configured)
     for _ in range(TRIES):
         try:
             return await run(embedder)
-        except SpaceChanged as changed:
-            if changed.model is None:
-                await refresh(database)
+        except EmbeddingFailed as failure:
+            try:
+                await look(database, settings, configured, embedder, [failure])
+            except SpaceChanged:
+                embedder = await current(database, settings, configured)
+            except PgrecallError:
+                raise failure from None
             else:
+                raise
+        except SpaceChanged as changed:
+            # The rows as well: the model may have got another server since they were read. Where the primary is away,
+            # a replica may still answer by what is known.
+            with suppress(DatabaseUnavailable):
+                await refresh(database)
+            if changed.model is not None:
                 _turn_to(_of(database), Model(*changed.model))
             embedder = await current(database, settings, configured)
     return await run(embedder)
@@ -160,6 +205,7 @@ async def following(
 
 async def close(database: Database) -> None:
     """Close the embedders that were opened here."""
-    for embedder in _of(database).opened.values():
+    seen = _of(database)
+    for embedder in (*seen.replaced, *(embedder for _, embedder in seen.opened.values())):
         await embedder.aclose()
     _seen.pop(database, None)

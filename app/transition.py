@@ -205,7 +205,7 @@ def rollback(arguments: Namespace, config: Settings) -> int:
 def finish(arguments: Namespace, config: Settings) -> int:
     """Drop the former model's vectors."""
     with _operating(config) as (_, _, connection), terminal.progress("sources") as bar:
-        task = bar.add_task("sources follow", total=change.documents(connection))
+        task = bar.add_task("sources follow", total=change.behind(connection))
         former = change.finish(connection, lambda done: bar.update(task, completed=done))
         stands = change.standing(connection)
     _show(arguments, stands)
@@ -216,7 +216,7 @@ def finish(arguments: Namespace, config: Settings) -> int:
 def abandon(arguments: Namespace, config: Settings) -> int:
     """Give the new model up."""
     with _operating(config) as (_, _, connection), terminal.progress("sources") as bar:
-        task = bar.add_task("sources follow", total=change.documents(connection))
+        task = bar.add_task("sources follow", total=change.behind(connection))
         given_up = change.abandon(connection, lambda done: bar.update(task, completed=done))
         _show(arguments, change.standing(connection))
     _say(arguments, f"the vectors of {given_up.name} are gone")

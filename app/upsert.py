@@ -7,6 +7,7 @@ difference is taken and written (`revision`).
 
 import asyncio
 from collections.abc import Container, Sequence
+from functools import partial
 
 from app import cache, pending, shadow, spaces
 from app.database import Database
@@ -126,7 +127,8 @@ async def put_each(
     await _expect(database, embedder, settings, drafts)
 
     async def stored_in(space: Embedder) -> list[Outcome | Fault]:
-        return await _put_each(database, space, settings, tenant_id, drafts, meter)
+        look = partial(spaces.look, database, settings, embedder, space)
+        return await _put_each(database, space, settings, tenant_id, drafts, meter, look)
 
     return await spaces.following(database, settings, embedder, stored_in)
 
@@ -138,6 +140,7 @@ async def _put_each(
     tenant_id: str,
     drafts: Sequence[Draft],
     meter: Meter | None,
+    look: spaces.Look,
 ) -> list[Outcome | Fault]:
     cutter = await shadow.cutter(database, embedder, settings)
     planned = await asyncio.to_thread(plan_each, cutter, settings, drafts)
@@ -150,6 +153,7 @@ async def _put_each(
         stored = await look_up(database, tenant_id, [plan.draft.id for plan in plans.values()])
         every = list(plans.values())
         vectors, faults = await embed_fresh(database, embedder, settings, tenant_id, every, stored, meter)
+        await look(faults.values())
         left_out = dict(zip(plans, map(faults.get, range(len(every))), strict=True))
         for index, error in left_out.items():
             if error is not None:

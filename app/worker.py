@@ -50,6 +50,7 @@ SETTLE = 0.25
 """Seconds after which a woken worker looks again: puts close to the one that woke it did not ring."""
 
 REPORT_EVERY = 60.0
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 LISTEN = f"listen {pending.CHANNEL}"
 """To be woken by asynchronous puts, on a connection of its own."""
 
@@ -307,16 +308,27 @@ async def serve(
     worker = Worker(database, embedder, settings, only, once)
     running = asyncio.create_task(worker.run())
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, running.cancel)
+
+    def stop() -> None:
+        for number in STOPPING:
+            # A second Ctrl-C would break off the giving back; it is nearly over in any case.
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        running.cancel()
+
+    former = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        loop.add_signal_handler(number, stop)
     try:
         await running
     except asyncio.CancelledError:
         if not running.cancelled():
             raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        if not running.cancelled():
+            for number, handler in former.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
     return worker.counts
 
 

@@ -31,18 +31,21 @@ _OTHER = {
 }
 
 
-def decoded(body: bytes, kind: Any) -> Any:
-    """The body as `kind`, a Struct; no value is taken for one of another type. Raises BadInput naming the field at fault."""
+def decoded(body: bytes, kind: Any, name: str = "body") -> Any:
+    """The body as `kind`, a Struct; no value is taken for one of another type. Raises BadInput naming the field at fault.
+
+    `name`: what the whole is called.
+    """
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _named(str(error), kind) from None
+        raise _named(str(error), kind, name) from None
     except msgspec.DecodeError as error:
-        raise BadInput("", f"the body is not JSON: {error}; allowed: a JSON object") from None
+        raise BadInput("", f"the {name} is not JSON: {error}; allowed: a JSON object") from None
     except UnicodeDecodeError:
-        raise BadInput("", "the body is not UTF-8; allowed: JSON in UTF-8") from None
+        raise BadInput("", f"the {name} is not UTF-8; allowed: JSON in UTF-8") from None
     except RecursionError:
-        raise BadInput("", "the body is nested too deeply; allowed: JSON of a few levels") from None
+        raise BadInput("", f"the {name} is nested too deeply; allowed: JSON of a few levels") from None
 
 
 def worded(said: str, limits: str = "") -> str:
@@ -55,7 +58,7 @@ def worded(said: str, limits: str = "") -> str:
     return f"is {found}; allowed: {allowed}{limits}"
 
 
-def _named(message: str, kind: Any) -> BadInput:
+def _named(message: str, kind: Any, name: str) -> BadInput:
     said, path = _SAID.fullmatch(message).groups()  # type: ignore[union-attr]  # it matches every text
     path = (path or "").removeprefix(".")
     types = list(_types(inspect.type_info(kind)))
@@ -68,7 +71,7 @@ def _named(message: str, kind: Any) -> BadInput:
         known = ", ".join(field.name for one in types if isinstance(one, inspect.StructType) for field in one.fields)
         return BadInput(field, f"there is no such field; allowed: {known}")
     if not path:
-        return BadInput("", f"the body {worded(said)}")
+        return BadInput("", f"the {name} {worded(said)}")
     return BadInput(path, worded(said, "".join(map(_limits, types))))
 
 

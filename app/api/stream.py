@@ -209,6 +209,6 @@ def _entry(number: int, size: int, pieces: list[bytes]) -> Entry | None:
     if not line.strip():
         return None
     try:
-        return Entry(number, size, Draft(**msgspec.structs.asdict(faults.decoded(line, Item))))
+        return Entry(number, size, Draft(**msgspec.structs.asdict(faults.decoded(line, Item, "line"))))
     except BadInput as fault:
         return Entry(number, size, fault)

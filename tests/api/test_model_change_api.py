@@ -1,17 +1,28 @@
 """A server that was started before a change of the embedding model goes on through it."""
 
 import asyncio
+import json
+from contextlib import ExitStack
 
 import pytest
+from msgspec.structs import replace
 
-from app import change
+from app import change, completion
+from app.drafts import Draft
 from app.errors import SetupError
+from app.outcomes import Outcome
 from tests.conftest import DIMENSIONS
-from tests.database.test_models import CATS, HERONS, LENGTH, NEW, OTTERS, Steps, steps, vectors
-from tests.openai_server import embedding
+from tests.database.test_models import CATS, HERONS, LENGTH, NEW, OTTERS, Steps, abandon, steps, vectors
+from tests.openai_server import OpenAIServer, embedding
 
 __all__ = ["steps"]
 ALL = (CATS, HERONS, OTTERS)
+
+
+@pytest.fixture
+def settings(settings):
+    """Of a service that soon gives a server up."""
+    return replace(settings, embedding_retries=0)
 
 
 async def put(client, name, content, **fields):
@@ -152,3 +163,95 @@ async def test_vectors_of_one_length_are_told_apart_by_the_name_callers_give(cli
     answer = await client.post("/search", json=body)
     assert (answer.status_code, answer.json()["field"]) == (400, "embedding_model")
     assert await best(client, embedding=vector, embedding_model="another-model") == "own"
+
+
+async def search(client):
+    return (await client.post("/search", json={"tenant_id": "acme", "query": "who eats fish"})).status_code == 200
+
+
+async def ask(client):
+    answer = await client.post("/rag", json={"tenant_id": "acme", "question": "when do cats hunt"})
+    return answer.status_code == 200
+
+
+async def store(client):
+    body = {"tenant_id": "acme", "content": "A text that is new."}
+    return (await client.put("/documents/new", json=body)).status_code == 201
+
+
+async def stream(client):
+    line = json.dumps({"id": "new", "content": "A text that is new."})
+    headers = {"Content-Type": "application/x-ndjson"}
+    answer = await client.post("/documents/stream", params={"tenant_id": "acme"}, content=line, headers=headers)
+    return '"created"' in answer.text
+
+
+@pytest.mark.parametrize("act", [search, ask, store, stream])
+async def test_a_rollback_from_a_model_whose_server_died_reaches_a_server_that_was_started_before(
+    client, steps: Steps, openai, act
+):
+    await put(client, "otters", OTTERS)
+    with OpenAIServer() as dying:
+        steps.start(steps.new._replace(base_url=dying.url))
+        await steps.fill()
+        await steps.switch()
+        assert await best(client, query=OTTERS) == "otters"
+        assert dying.embedded[-1] == OTTERS
+    # Something else each time: vectors that are known need no server.
+    answer = await client.post("/search", json={"tenant_id": "acme", "query": "what is in the river"})
+    assert (answer.status_code, answer.headers["content-type"]) == (502, "application/problem+json")
+    await steps.rollback()
+    assert await act(client)
+    steps.run(abandon)
+    assert await best(client, query="what do otters eat") == "otters"
+    assert openai.embedded[-1] == "what do otters eat"
+
+
+async def test_a_worker_follows_a_rollback_from_a_model_whose_server_died(client, steps: Steps, owner):
+    await put(client, "otters", OTTERS)
+    with OpenAIServer() as dying:
+        steps.start(steps.new._replace(base_url=dying.url))
+        await steps.fill()
+        await steps.switch()
+        assert (await steps.find(OTTERS))[0] == NEW
+    await steps.rollback()
+    body = {"tenant_id": "acme", "content": CATS}
+    assert (await client.put("/documents/cats", params={"wait": "false"}, json=body)).status_code == 202
+    claimed = [completion.Claimed(Draft("cats", CATS), 1)]
+    (outcome,) = await completion.complete(steps.database, steps.embedder, steps.settings, "acme", claimed)
+    assert isinstance(outcome, Outcome)
+    assert vectors(owner) == [(text, DIMENSIONS, True) for text in (CATS, OTTERS)]
+
+
+@pytest.mark.parametrize("dies", [True, False])
+async def test_the_same_model_on_another_server_is_asked_there(client, steps: Steps, owner, dies):
+    await put(client, "otters", OTTERS)
+    with OpenAIServer() as second, ExitStack() as stack:
+        first = stack.enter_context(OpenAIServer())
+        steps.start(steps.new._replace(base_url=first.url))
+        await steps.fill()
+        await put(client, "cats", CATS)
+        assert first.embedded[-1] == CATS
+        if dies:
+            stack.close()
+        steps.run(abandon)
+        steps.start(steps.new._replace(base_url=second.url))
+        await put(client, "herons", HERONS)
+        # Where the first one answered, its vector is as good.
+        assert (HERONS in second.embedded) is dies
+        assert vectors(owner, "pgrecall_run_documents") == [(HERONS, LENGTH, True)]
+        asked = len(first.calls)
+        await steps.fill()
+        await steps.switch()
+        assert await best(client, query="what do otters eat") == "otters"
+        assert second.embedded[-1] == "what do otters eat"
+        assert len(first.calls) == asked
+
+
+async def test_a_failure_that_no_other_model_mends_is_told(client, steps: Steps, openai):
+    await put(client, "otters", OTTERS)
+    openai.fail(status=503)
+    answer = await client.post("/search", json={"tenant_id": "acme", "query": "what do otters eat"})
+    assert answer.status_code == 502
+    assert len(openai.embedding_calls) == 2
+    assert await best(client, query="what do otters eat") == "otters"

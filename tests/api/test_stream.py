@@ -87,6 +87,7 @@ async def test_each_line_has_its_answer_and_the_summary_comes_last(client, opena
     assert by[3]["error"]["field"] == "content"
     assert by[6]["error"]["field"] == "embedding"
     assert by[6]["error"]["status"] == 400
+    assert by[4]["error"]["detail"].startswith("the line is not JSON: ")
     assert by[5]["version"] == 2
     assert summary == {
         "done": True,
@@ -111,6 +112,7 @@ async def test_a_budget_ends_the_stream_and_says_which_lines_are_not_stored(clie
     *lines, summary = [json.loads(line) for line in response.text.splitlines()]
     assert [line["status"] for line in lines] == ["failed"] * 3
     assert (summary["done"], "5 are spent" in summary["stopped"]["detail"]) == (False, True)
+    assert {line["error"]["status"] for line in lines} | {summary["stopped"]["status"]} == {413}
     assert (await client.get("/documents", params={"tenant_id": "t"})).json()["documents"] == []
 
 

@@ -11,7 +11,7 @@ import time
 import psycopg
 import pytest
 
-from app import deferral
+from app import deferral, files
 from tests.unit.test_formats import HTML, pdf
 
 
@@ -99,6 +99,27 @@ def test_two_folders_with_the_same_file_do_not_overwrite_each_other(run, tmp_pat
     assert status == 1
     assert "same id as a file of" in err
     assert run("ingest", tmp_path / "two", "--tenant", "twins", "--prefix", "two/")[0] == 0
+
+
+def test_of_two_records_of_one_id_the_later_is_kept_and_its_line_named(run, tmp_path, stored):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    lines = [json.dumps({"id": f"d{n}", "content": f"text {n}"}) for n in range(600)]
+    first.write_text("\n".join([*lines, json.dumps({"id": "d0", "content": "another text"})]))
+    second.write_text(json.dumps({"id": "d1", "content": "a third text"}))
+    status, out, err = run("ingest", first, second, "--tenant", "records", "--json")
+    places = [f"{first}:601", f"{second}:1"]
+    assert (status, [each["path"] for each in json.loads(out)["notes"]]) == (0, places)
+    assert f"note: {places[0]} replaces an earlier record of the same id: 'd0'" in err
+    found = stored("records", "content")
+    assert (len(found), found["d0"], found["d1"]) == (600, "another text", "a third text")
+
+
+def test_no_more_ids_than_a_bound_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "REMEMBERED", 1)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"id": each, "content": "text"}) for each in "abab"))
+    notes = [step.item for step in files.drafts([path], files.Reading()) if isinstance(step.item, files.Noted)]
+    assert [note.path for note in notes] == [f"{path}:3"]
 
 
 def test_dates_of_files_are_taken_on_demand(run, tmp_path, stored):

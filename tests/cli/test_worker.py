@@ -95,6 +95,26 @@ def test_an_interrupted_worker_gives_back_at_once_and_ends_well(environment, own
     assert count(owner, "state = 'pending' and claimed_by is null and not_before is null and attempts = 0") == 3
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_break_off_the_giving_back(environment, owner, openai, second):
+    insert(owner, 3)
+    openai.delay = 10
+    with worker(environment | {"PGRECALL_WORKER_LEASE": "3600"}) as process:
+        until(lambda: openai.embedded)
+        # The rows cannot be given back until this transaction ends, so that the second signal comes in between.
+        with owner.transaction():
+            owner.execute("select from sources for update")
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(second)
+            time.sleep(0.5)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "3 given back" in err
+    assert "Traceback" not in err
+    assert count(owner, "state = 'pending' and claimed_by is null and not_before is null and attempts = 0") == 3
+
+
 def test_once_drains_and_its_status_says_whether_all_went_well(environment, owner, openai):
     insert(owner, 40)
     insert(owner, 5, "umbra")
@@ -136,8 +156,10 @@ def test_the_queue_is_listed_and_retried_from_the_command_line(environment, owne
     assert main(["status"]) == 0
     assert "pgrecall retry" in capsys.readouterr().err
     openai.poison = None
-    assert main(["retry", "--tenant", "acme", "--id", "d1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"retried": 1}
+    assert main(["retry", "--tenant", "acme", "--id", "d1", "--id", "d2", "--id", "none", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"retried": 1, "not_given_up": ["d2", "none"]}
+    assert main(["retry", "--tenant", "acme", "--id", "none"]) == 1
+    assert "not given up, or not there at all: none" in capsys.readouterr().err
     assert main(["retry", "--tenant", "acme", "--all"]) == 0
     assert main(["worker", "--once"]) == 0
     assert count(owner, "state = 'ready'") == 2

@@ -357,6 +357,25 @@ async def test_a_server_that_is_not_there_is_named_by_its_setting(opened):
 @pytest.mark.parametrize(
     ("status", "named"),
     [
+        (401, "PGRECALL_OTHER_API_KEY"),
+        (404, "base_url of text-embedding-3-small in embedding_models"),
+        (None, "base_url of text-embedding-3-small in embedding_models"),
+    ],
+)
+async def test_a_recorded_models_server_is_named_by_its_row_and_its_key(to_fake, openai, status, named):
+    openai.fail(status=status or 500, headers=SOON, times=20)
+    changed = {} if status else {"openai_base_url": "http://127.0.0.1:9"}
+    embedder = open_embedder(replace(to_fake, embedding_retries=0, **changed), recorded=True)
+    with pytest.raises(EmbeddingFailed) as caught:
+        await embedder.embed(["a"], "query")
+    await embedder.aclose()
+    assert named in str(caught.value)
+    assert "OPENAI_BASE_URL" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "named"),
+    [
         (401, ["OPENAI_API_KEY"]),
         (403, ["OPENAI_API_KEY", "PGRECALL_EMBEDDING_MODEL"]),
         (404, ["PGRECALL_EMBEDDING_MODEL", "OPENAI_BASE_URL"]),

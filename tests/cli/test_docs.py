@@ -175,6 +175,7 @@ def check(shell, text):
     assert ran
 
 
+@pytest.mark.timeout(300)  # every command is a process
 @pytest.mark.parametrize("page", ["api", "filters", "ingest", "settings"])
 def test_the_commands_of_a_page_give_what_it_shows(shell, root, page):
     check(shell, (root / f"docs/{page}.md").read_text())
@@ -211,6 +212,7 @@ def test_the_readmes_commands_give_what_it_shows_on_a_postgresql_of_ones_own_too
                 admin.execute(sql.SQL("drop role {}").format(sql.Identifier(login)))
 
 
+@pytest.mark.timeout(300)  # every command is a process
 def test_a_server_of_ones_own_embeds_searches_and_answers_as_the_page_on_models_shows(shell, root, openai):
     openai.models = {"granite-embedding:278m", "bge-m3", "llama3.1", "BAAI/bge-reranker-v2-m3"}
     openai.only_dimensions = 768

@@ -362,7 +362,10 @@ def test_every_command_of_the_page_gives_what_it_shows(url, folder, root, tmp_pa
         )
         assert done.returncode == ("under" in done.stdout), done.stdout
         if "beir" not in command:
-            (words, figures), (given_words, given_figures) = comparable(shown), comparable(done.stdout)
+            shown, cut, _ = shown.partition("…\n")  # what follows differs every time
+            lines = [line for line in done.stdout.splitlines(keepends=True) if "100%" not in line]
+            given = "".join(lines[: shown.count("\n")] if cut else lines)
+            (words, figures), (given_words, given_figures) = comparable(shown), comparable(given)
             assert words == given_words
             assert figures == pytest.approx(given_figures, abs=0.02)
         ran += 1

@@ -243,7 +243,14 @@ async def test_a_disk_without_room_for_the_log_stops_the_server_and_nothing_ackn
             check_clear(error, "try again")
         filler.unlink()
         await asyncio.to_thread(server.revive)
-        await put(database, embedder, settings, "t", drafts(written))
+        for left in reversed(range(60)):  # while the server recovers it says to try again
+            try:
+                await put(database, embedder, settings, "t", drafts(written))
+                break
+            except Unavailable:
+                if not left:
+                    raise
+                await asyncio.sleep(0.5)
         await database.close()
         with psycopg.connect(owner_url, autocommit=True) as owner:
             found = stored(owner)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 
-from app import completion, pending
+from app import completion, pending, spaces
 from app.completion import Claimed
 from app.database import Database
 from app.drafts import MAX_TEXT_BYTES, Draft
@@ -135,7 +135,7 @@ async def _told(
     if not passing:
         return None
     error = faults[passing[0].id].error
-    if isinstance(error, EmbeddingFailed) and not await _works(tools.embedder):
+    if isinstance(error, EmbeddingFailed) and not await _works(tools):
         await _put_off(tools, counts, tenant_id, passing, seconds, error)
         return error
     if len(claims) > 1 and len(passing) == 1:
@@ -169,9 +169,10 @@ async def _loaded(tools: Tools, tenant_id: str, claims: Sequence[Claim]) -> list
     return [Claimed(draft, version) for version, draft in found if version == versions[draft.id]]
 
 
-async def _works(embedder: Embedder) -> bool:
-    """Whether the model's server does its work for another text, so that this one may be to blame."""
+async def _works(tools: Tools) -> bool:
+    """Whether the server of the model that is searched does its work for another text, so that this one may be to blame."""
     try:
+        embedder = await spaces.current(tools.database, tools.settings, tools.embedder)
         await embedder.embed([PROBE], "query")
     except EmbeddingFailed:
         return False

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 import pytest
 from msgspec.structs import replace
 
-from app import change, completion
+from app import change, completion, jobs, pending
 from app.drafts import Draft
-from app.errors import SetupError
+from app.errors import EmbeddingFailed, SetupError
 from app.outcomes import Outcome
 from tests.conftest import DIMENSIONS
 from tests.database.test_models import CATS, HERONS, LENGTH, NEW, OTTERS, Steps, abandon, steps, vectors
@@ -221,6 +221,25 @@ async def test_a_worker_follows_a_rollback_from_a_model_whose_server_died(client
     (outcome,) = await completion.complete(steps.database, steps.embedder, steps.settings, "acme", claimed)
     assert isinstance(outcome, Outcome)
     assert vectors(owner) == [(text, DIMENSIONS, True) for text in (CATS, OTTERS)]
+
+
+async def test_a_worker_blames_no_document_when_the_server_of_the_new_model_died(client, steps: Steps, owner):
+    await put(client, "otters", OTTERS)
+    with OpenAIServer() as dying:
+        steps.start(steps.new._replace(base_url=dying.url))
+        await steps.fill()
+        await steps.switch()
+        assert (await steps.find(OTTERS))[0] == NEW
+    body = {"tenant_id": "acme", "content": CATS}
+    assert (await client.put("/documents/cats", params={"wait": "false"}, json=body)).status_code == 202
+    limits = {"lease": 60.0, "documents": 1, "size": 10_000, "largest": 10_000, "suspects": False}
+    claims = await pending.claim(steps.database, "acme", "one", **limits)
+    counts = jobs.Counts()
+    tools = jobs.Tools(steps.database, steps.embedder, steps.settings, "one")
+    assert isinstance(await jobs.work(tools, counts, "acme", claims, seconds=0.0), EmbeddingFailed)
+    assert counts.parked == 0
+    state = owner.execute("select state, attempts from sources where id = 'cats'").fetchone()
+    assert state == ("pending", 0)
 
 
 @pytest.mark.parametrize("dies", [True, False])

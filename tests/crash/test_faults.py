@@ -242,9 +242,8 @@ async def test_a_disk_without_room_for_the_log_stops_the_server_and_nothing_ackn
         for error in failures:
             check_clear(error, "try again")
         filler.unlink()
-        for left in reversed(
-            range(120)
-        ):  # as the keeper does: a server that is still dying when asked is not revived yet
+        # As the keeper does: a server that is still dying when asked is not revived yet.
+        for left in reversed(range(120)):
             await asyncio.to_thread(server.revive)
             try:
                 await put(database, embedder, settings, "t", drafts(written))

@@ -1,6 +1,7 @@
 """A document as a caller wants it stored, and the limits it must keep (DESIGN §1)."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +26,10 @@ EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 MAX_QUERY_BYTES = 32_000
 """A question\'s text in UTF-8."""
+
+
+_SEEN = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+"""A character that is neither white space nor of zero width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:
     """The draft's own vector, if it brings one. Raises BadInput, naming the field, for what is over the limits."""
     check_text("id", draft.id, 1, MAX_ID_BYTES)
     check_text("content", draft.content, 1, MAX_TEXT_BYTES if draft.embedding is None else MAX_OWN_TEXT_BYTES)
-    if not draft.content.strip():
+    if not _SEEN.search(draft.content):
         raise BadInput("content", "is empty or white space only; allowed: a text with something to find")
     if draft.doc_type is not None:
         check_text("doc_type", draft.doc_type, 1, MAX_DOC_TYPE_BYTES)

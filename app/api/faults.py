@@ -1,5 +1,6 @@
 """What msgspec and Litestar find wrong with a request, in our words: the field, the fault and what is allowed."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,9 @@ NO_BODY = BadInput("", "the body is empty; allowed: a JSON object")
 _SAID = re.compile(r"(.*?)(?: - at `\$(.*)`)?", re.DOTALL)
 _NAMED = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
 _KIND = re.compile(r"Expected `(.+)`, got `(.+)`")
+_VALUE = re.compile(r"Invalid enum value (.+)", re.DOTALL)
+_HALF = re.compile("[\ud800-\udfff]")
+"""Of a surrogate pair. JSON can spell one half alone; UTF-8 and PostgreSQL cannot."""
 _STEP = re.compile(r"\[|[^.\[\]]+")
 _MOMENT = "an ISO 8601 moment with time zone, such as 2026-01-31T12:00:00Z"
 _WORDS = {
@@ -41,6 +45,9 @@ def decoded(body: bytes, kind: Any, name: str = "body") -> Any:
     except msgspec.ValidationError as error:
         raise _named(str(error), kind, name) from None
     except msgspec.DecodeError as error:
+        # msgspec says of such a text that it is truncated, or malformed, and not where.
+        if b"\\u" in body and (field := _halved(body)) is not None:
+            raise BadInput(field, "has a lone surrogate; allowed: valid Unicode") from None
         raise BadInput("", f"the {name} is not JSON: {error}; allowed: a JSON object") from None
     except UnicodeDecodeError:
         raise BadInput("", f"the {name} is not UTF-8; allowed: JSON in UTF-8") from None
@@ -58,6 +65,27 @@ def worded(said: str, limits: str = "") -> str:
     return f"is {found}; allowed: {allowed}{limits}"
 
 
+def _halved(body: bytes) -> str | None:
+    """The path of the first text with half a surrogate pair in a body that is JSON otherwise; None without one."""
+    try:
+        whole = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    waiting = [("", whole)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            if _HALF.search(value):
+                return path
+        elif isinstance(value, dict):
+            if any(_HALF.search(key) for key in value):
+                return path
+            waiting += [(f"{path}.{key[:60]}".lstrip("."), inner) for key, inner in reversed(value.items())]
+        elif isinstance(value, list):
+            waiting += [(f"{path}[{index}]", inner) for index, inner in reversed(list(enumerate(value)))]
+    return None
+
+
 def _named(message: str, kind: Any, name: str) -> BadInput:
     said, path = _SAID.fullmatch(message).groups()  # type: ignore[union-attr]  # it matches every text
     path = (path or "").removeprefix(".")
@@ -72,6 +100,8 @@ def _named(message: str, kind: Any, name: str) -> BadInput:
         return BadInput(field, f"there is no such field; allowed: {known}")
     if not path:
         return BadInput("", f"the {name} {worded(said)}")
+    if (value := _VALUE.fullmatch(said)) and (allowed := [repr(each) for one in types for each in _values(one)]):
+        return BadInput(path, f"is {value[1][:80]}; allowed: {', '.join(allowed)}")
     return BadInput(path, worded(said, "".join(map(_limits, types))))
 
 
@@ -97,6 +127,10 @@ def _inner(info: Any, step: str) -> Iterator[Any]:
                     yield from _types(field.type)
         case inspect.ListType(item_type=item) if step == "[":
             yield from _types(item)
+
+
+def _values(info: Any) -> tuple[Any, ...]:
+    return info.values if isinstance(info, inspect.LiteralType) else ()
 
 
 def _limits(info: Any) -> str:

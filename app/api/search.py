@@ -418,6 +418,8 @@ async def _embedded(
 def _options(data: SearchRequest) -> Options:
     for name in ("vector_weight", "text_weight"):
         check_range(name, getattr(data, name), 0, 100)
+    if data.vector_weight == data.text_weight == 0:
+        raise BadInput("vector_weight", "is 0, and so is text_weight; allowed: one of them above 0")
     check_range("diversity", data.diversity, 0, 1)
     if data.ef_search is not None:
         check_range("ef_search", data.ef_search, 10, scans.MAX_EF_SEARCH)

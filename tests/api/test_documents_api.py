@@ -149,6 +149,7 @@ async def test_a_batch_has_at_most_1000_items(client):
     [
         ({"content": ""}, 400, "content"),
         ({"content": "a\0b"}, 400, "content"),
+        ({"content": "\u200b \ufeff\u2060"}, 400, "content"),
         ({"content": 5}, 400, "content"),
         ({"content": None}, 400, "content"),
         ({"metadata": []}, 400, "metadata"),

@@ -143,6 +143,12 @@ async def test_bad_requests_name_the_field(client, change, field):
         (b'{"tenant_id": "a", "created_after": 5}', "created_after: is a whole number; allowed: an ISO 8601 moment"),
         (b'{"tenant_id": "a", "created_after": "soon"}', "created_after: is not a moment; allowed: an ISO 8601 moment"),
         (b'{"tenant_id": "a", "embedding": [0, 1e999]}', "embedding[1]: is out of range; allowed: numbers"),
+        (b'{"tenant_id": "a", "mode": "vektor"}', "mode: is 'vektor'; allowed: 'hybrid', 'text', 'vector'"),
+        (b'{"tenant_id": "a", "group_by": "doc"}', "group_by: is 'doc'; allowed: 'id'"),
+        (b'{"tenant_id": "a", "query": "\\ud800"}', "query: has a lone surrogate; allowed: valid Unicode"),
+        (b'{"tenant_id": "a", "metadata": {"k": ["x", "\\ude00y"]}}', "metadata.k[1]: has a lone surrogate"),
+        (b'{"tenant_id": "a", "metadata": {"\\ud800": 1}}', "metadata: has a lone surrogate"),
+        (b'{"tenant_id": "\\ud800", ', "the body is not JSON: "),
         (b'{"tenant_id": "a", "limit": 5}', "limit: there is no such field; allowed: tenant_id, query, embedding"),
         (b"[]", "the body is a list; allowed: an object"),
         (b"", "the body is empty; allowed: a JSON object"),
@@ -157,6 +163,12 @@ async def test_a_body_that_cannot_be_taken_says_what_can(client, body, detail):
     (fault,) = problem["faults"]
     assert (fault["field"] or None) == problem.get("field")
     assert problem["type"] == "urn:pgrecall:problem:bad-input"
+
+
+async def test_weights_that_leave_no_leg_are_refused(client):
+    body = {"tenant_id": "a", "query": "x", "mode": "hybrid", "vector_weight": 0, "text_weight": 0}
+    problem = assert_problem(await client.post("/search", json=body), 400, field="vector_weight")
+    assert "allowed: one of them above 0" in problem["detail"]
 
 
 async def test_an_unknown_operator_lists_the_known_ones(client):

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sqlalchemy import ARRAY, Text, bindparam, func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
-from app import rerank, search, statistics, text
+from app import layout, rerank, search, statistics, text
 from app.database import Database
 from app.embedding import Embedder
 from app.errors import TimedOut
@@ -35,6 +35,9 @@ MODES: tuple[Mode, ...] = ("vector", "text", "hybrid")
 
 EF_SEARCH = (20, 40, 100, 200, 400)
 """What the index is tried with, besides the ef_search that is set."""
+
+OVERSAMPLING = (1.0, 2.0, 4.0, 10.0)
+"""What a quantised index is tried with, besides the oversampling that is set."""
 
 ALL_ROWS = 2_000_000_000
 """As PGRECALL_EXACT_ROWS: every search is exact."""
@@ -181,8 +184,11 @@ async def best_documents(
     mode: Mode = "vector",
     reranker: Reranker | None = None,
     space: Model | None = None,
+    oversampling: float | None = None,
 ) -> Ranked:
     """The k documents with the best chunks, best first, and the similarities of those; fewer if there are not k.
+
+    `oversampling`: candidates taken from the index for each hit; None stands for what the deployment has set.
 
     Raises TimedOut where a search would be short.
     """
@@ -193,7 +199,7 @@ async def best_documents(
         embedding,
         question=text.plain(question.text),
         top_k=k,
-        options=Options(mode=mode, grouped=True),
+        options=Options(mode=mode, grouped=True, oversampling=oversampling),
         stage=None if reranker is None else rerank.Stage(reranker, question.text),
         space=space,
     )
@@ -225,14 +231,20 @@ async def alternatives(
 ) -> list[Alternative]:
     """Recall@k and latency of the exact search, and of the index with several ef_search.
 
+    An index of half precision or of bits is tried with several oversamplings too, at the ef_search that is set.
+
     The settings take turns at each query, so that whatever else the machine does falls on all of them. One that runs
     into the time limit is left out. `advance` is called after each query.
     """
     # Below top_k, which is 2 k here, ef_search has no effect.
     widths = sorted({max(width, 2 * k) for width in (*EF_SEARCH, settings.ef_search)})
-    tried = {"exact": replace(settings, exact_rows=ALL_ROWS)} | {
-        f"ef_search {width}": replace(settings, exact_rows=0, ef_search=width) for width in widths
-    }
+    tried: dict[str, tuple[Settings, float | None]] = {"exact": (replace(settings, exact_rows=ALL_ROWS), None)}
+    tried |= {f"ef_search {width}": (replace(settings, exact_rows=0, ef_search=width), None) for width in widths}
+    deployed = await layout.of(database, questions[0].tenant_id)
+    if deployed.kind != "full":
+        walked = replace(settings, exact_rows=0)
+        factors = sorted({*OVERSAMPLING, deployed.oversampling})
+        tried |= {f"oversampling {factor:g}": (walked, factor) for factor in factors}
     found: dict[str, list[list[str]]] = {name: [] for name in tried}
     took: dict[str, list[float]] = {name: [] for name in tried}
     for turn, question in enumerate(questions):
@@ -242,7 +254,8 @@ async def alternatives(
         for name in names[first:] + names[:first]:
             begun = time.perf_counter()
             try:
-                ranked = await best_documents(database, tried[name], question, vector, k)
+                changed, factor = tried[name]
+                ranked = await best_documents(database, changed, question, vector, k, oversampling=factor)
             except TimedOut:
                 del tried[name], found[name], took[name]
                 continue

@@ -93,7 +93,8 @@ def alternative_figures(alternatives: Sequence[Alternative], k: int) -> list[str
     """Recall, and likeness to the exact search, against latency; nothing where nothing was tried."""
     if not alternatives:
         return []
-    labels = [each.name.removeprefix("ef_search ") for each in alternatives]
+    labels = [each.name.removeprefix("ef_search ").replace("oversampling ", "×") for each in alternatives]
+    quantised = any(label.startswith("×") for label in labels)
     rows = [
         [
             (each.name, "th"),
@@ -127,20 +128,26 @@ def alternative_figures(alternatives: Sequence[Alternative], k: int) -> list[str
         ceiling = max(y for _, y in points)
         chart = Chart(
             title,
-            f"Points for exact search and the index with several ef_search: {what}, and median latency.",
+            f"Points for exact search and the index with several ef_search{' and oversamplings' if quantised else ''}: "
+            f"{what}, and median latency.",
             plots.spanning("median latency of the search (ms)", [x for x, _ in points], least=1.0, low=0.0),
             plots.spanning(label, [y for _, y in points], least=0.05)._replace(high=min(1.004, ceiling + 0.03)),
         )
-        index = [(point, name) for point, name in zip(points, labels, strict=False) if name != "exact"]
-        exact = [(point, name) for point, name in zip(points, labels, strict=False) if name == "exact"]
+        named = list(zip(points, labels, strict=False))
+        index = [each for each in named if each[1] != "exact" and not each[1].startswith("×")]
         chart.line([point for point, _ in index], "one")
-        chart.points([point for point, _ in index], [name for _, name in index], "one")
-        chart.points([point for point, _ in exact], [name for _, name in exact], "two")
+        for some, series in (
+            (index, "one"),
+            ([each for each in named if each[1].startswith("×")], "three"),
+            ([each for each in named if each[1] == "exact"], "two"),
+        ):
+            chart.points([point for point, _ in some], [name for _, name in some], series)
         figures.append(
             _figure(
                 title,
-                f"The same queries under other settings: {what}. Numbers are ef_search.",
-                [("index", "one"), ("exact", "two dots")],
+                f"The same queries under other settings: {what}. Numbers are ef_search"
+                + (", those with × oversampling." if quantised else "."),
+                [("index", "one"), *([("oversampling", "three dots")] if quantised else []), ("exact", "two dots")],
                 chart,
                 tabled,
             )

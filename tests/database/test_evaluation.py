@@ -1,10 +1,12 @@
 """Documents ranked by their best chunk, until k of them are found."""
 
+import asyncio
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from app import ann, evaluation, search
+from app import ann, evaluation, indexes, search
 from app.judgements import Question
 from app.search import Scan
 from tests.conftest import DIMENSIONS
@@ -72,6 +74,21 @@ async def test_the_same_questions_under_other_settings(database, embedder, setti
     for each in tried:
         assert (each.recall, each.agreement) == (0.75, 1.0)
         assert 0 < each.latency_ms["p50"] <= each.latency_ms["p95"]
+
+
+async def test_a_quantised_index_is_tried_with_several_oversamplings(database, embedder, settings, owner, owner_url):
+    vectors = np.random.default_rng(2).standard_normal((1_000, DIMENSIONS)).astype(np.float32)
+    fill(owner, vectors)
+    await asyncio.to_thread(
+        indexes.change, owner_url, "binary", oversampling=3, told=lambda _what, _share: None, patience=0
+    )
+    questions = [Question(str(n), f"question {n}", "t", {"d0003": 1}, f"f:{n}") for n in range(20)]
+    tried = {each.name: each for each in await evaluation.alternatives(database, embedder, settings, questions, 10)}
+    assert [name for name in tried if name.startswith("oversampling")] == [
+        f"oversampling {factor}" for factor in (1, 2, 3, 4, 10)
+    ]
+    shares = [tried[f"oversampling {factor}"].agreement for factor in (1, 3, 10)]
+    assert shares[0] < shares[1] < shares[2]
 
 
 def fill(owner, vectors, tenant="t"):

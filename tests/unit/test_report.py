@@ -63,6 +63,14 @@ def page(**changes):
     return report.page(Evaluation(**given | changes))
 
 
+def test_the_page_shows_the_oversampling_of_a_quantised_index_beside_its_ef_search():
+    tried = [*TRIED, *(Alternative(f"oversampling {n}", 0.75, 0.95, {"p50": 4.0, "p95": 6.0}) for n in (1, 10))]
+    shown = Page(page(modes={"vector": Results(GOOD, tried)}))
+    for text in ("oversampling 10", "×10", "Numbers are ef_search, those with × oversampling."):
+        assert text in shown.text
+    assert "×" not in Page(page()).text
+
+
 def test_the_page_shows_figures_intervals_and_plots_with_a_table_for_each():
     shown = Page(page())
     for text in (

@@ -25,8 +25,7 @@ SHORTEST, LONGEST = 1e-9, 1e9
 EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 MAX_QUERY_BYTES = 32_000
-"""A question\'s text in UTF-8."""
-
+"""A question's text in UTF-8."""
 
 _SEEN = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 """A character that is neither white space nor of zero width."""
@@ -63,7 +62,7 @@ def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:
     """The draft's own vector, if it brings one. Raises BadInput, naming the field, for what is over the limits."""
     check_text("id", draft.id, 1, MAX_ID_BYTES)
     check_text("content", draft.content, 1, MAX_TEXT_BYTES if draft.embedding is None else MAX_OWN_TEXT_BYTES)
-    if not _SEEN.search(draft.content):
+    if is_blank(draft.content):
         raise BadInput("content", "is empty or white space only; allowed: a text with something to find")
     if draft.doc_type is not None:
         check_text("doc_type", draft.doc_type, 1, MAX_DOC_TYPE_BYTES)
@@ -75,6 +74,11 @@ def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:
         raise TooLarge("metadata", f"is {size:,} bytes as JSON; allowed: {MAX_METADATA_BYTES:,}")
     check_moment("created_at", draft.created_at)
     return None if draft.embedding is None else check_vector(draft.embedding, dimensions)
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing in it to read: white space and characters of zero width only."""
+    return not _SEEN.search(text)
 
 
 def check_moment(name: str, moment: datetime | None) -> None:

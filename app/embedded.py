@@ -269,7 +269,7 @@ def _launch(data_path: Path, pgdata: Path, *, durable: bool) -> None:
 def tuning(memory: int, *, durable: bool) -> dict[str, str]:
     """The server's settings on a machine where `memory` bytes may be used."""
     maintenance = min(max(memory // 20 // MEGABYTE, 64), 1024)
-    shared = Path("/dev/shm")  # noqa: S108
+    shared = Path("/dev/shm")  # noqa: S108  looked at, not written to
     settings = {
         "listen_addresses": "",
         "port": "5432",
@@ -314,7 +314,7 @@ def _socket_dir(pgdata: Path) -> str:
         return "."
     found = pgdata.stat()
     # by inode, not by path: the server of a deleted folder may still hold the old one
-    folder = Path(f"/tmp/pgrecall-{found.st_uid}-{found.st_dev:x}-{found.st_ino:x}")  # noqa: S108
+    folder = Path(f"/tmp/pgrecall-{found.st_uid}-{found.st_dev:x}-{found.st_ino:x}")  # noqa: S108  TMPDIR may be long, too
     folder.mkdir(mode=0o700, exist_ok=True)
     here = folder.lstat()
     if not stat.S_ISDIR(here.st_mode) or here.st_uid not in (os.geteuid(), found.st_uid):

@@ -188,9 +188,7 @@ async def best_documents(
 ) -> Ranked:
     """The k documents with the best chunks, best first, and the similarities of those; fewer if there are not k.
 
-    `oversampling`: candidates taken from the index for each hit; None stands for what the deployment has set.
-
-    Raises TimedOut where a search would be short.
+    `oversampling`: candidates taken from the index for each hit; None stands for what the deployment has set. Raises TimedOut where a search would be short.
     """
     found = await search.search(
         database,
@@ -242,9 +240,8 @@ async def alternatives(
     tried |= {f"ef_search {width}": (replace(settings, exact_rows=0, ef_search=width), None) for width in widths}
     deployed = await layout.of(database, questions[0].tenant_id)
     if deployed.kind != "full":
-        walked = replace(settings, exact_rows=0)
         factors = sorted({*OVERSAMPLING, deployed.oversampling})
-        tried |= {f"oversampling {factor:g}": (walked, factor) for factor in factors}
+        tried |= {f"oversampling {factor:g}": (replace(settings, exact_rows=0), factor) for factor in factors}
     found: dict[str, list[list[str]]] = {name: [] for name in tried}
     took: dict[str, list[float]] = {name: [] for name in tried}
     for turn, question in enumerate(questions):
@@ -252,9 +249,9 @@ async def alternatives(
         names = list(tried)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            changed, factor = tried[name]
             begun = time.perf_counter()
             try:
-                changed, factor = tried[name]
                 ranked = await best_documents(database, changed, question, vector, k, oversampling=factor)
             except TimedOut:
                 del tried[name], found[name], took[name]

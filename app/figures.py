@@ -13,6 +13,9 @@ from app.plots import Axis, Chart
 KEPT = 0.95
 """Share of the relevant hits that the marked threshold keeps."""
 
+_SERIES = {"ef_search": "one", "oversampling": "three", "exact": "two"}
+"""How each setting that is tried is drawn."""
+
 
 def threshold_figure(judged: Sequence[Judged]) -> str:
     """Precision and recall against the similarity threshold."""
@@ -93,8 +96,9 @@ def alternative_figures(alternatives: Sequence[Alternative], k: int) -> list[str
     """Recall, and likeness to the exact search, against latency; nothing where nothing was tried."""
     if not alternatives:
         return []
-    labels = [each.name.removeprefix("ef_search ").replace("oversampling ", "×") for each in alternatives]
-    quantised = any(label.startswith("×") for label in labels)
+    settings = [each.name.partition(" ")[0] for each in alternatives]
+    labels = [_label(*each.name.partition(" ")[::2]) for each in alternatives]
+    quantised = "oversampling" in settings
     rows = [
         [
             (each.name, "th"),
@@ -133,15 +137,11 @@ def alternative_figures(alternatives: Sequence[Alternative], k: int) -> list[str
             plots.spanning("median latency of the search (ms)", [x for x, _ in points], least=1.0, low=0.0),
             plots.spanning(label, [y for _, y in points], least=0.05)._replace(high=min(1.004, ceiling + 0.03)),
         )
-        named = list(zip(points, labels, strict=False))
-        index = [each for each in named if each[1] != "exact" and not each[1].startswith("×")]
-        chart.line([point for point, _ in index], "one")
-        for some, series in (
-            (index, "one"),
-            ([each for each in named if each[1].startswith("×")], "three"),
-            ([each for each in named if each[1] == "exact"], "two"),
-        ):
-            chart.points([point for point, _ in some], [name for _, name in some], series)
+        for setting, series in _SERIES.items():
+            some = [each for each in zip(points, labels, settings, strict=True) if each[2] == setting]
+            if setting == "ef_search":
+                chart.line([point for point, _, _ in some], series)
+            chart.points([point for point, _, _ in some], [name for _, name, _ in some], series)
         figures.append(
             _figure(
                 title,
@@ -153,6 +153,10 @@ def alternative_figures(alternatives: Sequence[Alternative], k: int) -> list[str
             )
         )
     return figures
+
+
+def _label(setting: str, value: str) -> str:
+    return {"ef_search": value, "oversampling": f"×{value}"}.get(setting, setting)
 
 
 def _figure(title: str, said: str, keys: Iterable[tuple[str, str]], chart: Chart, tabled: str) -> str:

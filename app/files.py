@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from msgspec import Struct
 
 from app import formats, records
-from app.drafts import Draft
+from app.drafts import Draft, is_blank
 from app.errors import BadInput
 from app.formats import Damaged, Page
 from app.records import Mapped
@@ -178,7 +178,7 @@ def _steps(file: File, reading: Reading, read: set[int]) -> Iterator[Step]:
 def _document(stream: io.FileIO, kind: str, name: str, file: File, reading: Reading) -> Iterator[Step]:
     data = _whole(stream)
     page = formats.READERS[kind](data, reading.encoding)
-    if not page.content.strip():
+    if is_blank(page.content):
         raise Damaged("is empty or white space only")
     if page.guessed:
         yield _guessed(name, page.guessed)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from app.drafts import MAX_QUERY_BYTES, check_text
+from app.drafts import MAX_QUERY_BYTES, check_text, is_blank
 from app.embedding import Embedder
 from app.errors import BadInput, EmbeddingFailed
 
@@ -82,7 +82,7 @@ async def embed(
     """
     for text, field in zip(texts, fields, strict=True):
         check_text(field, text, 1, MAX_QUERY_BYTES)
-        if not text.strip():
+        if is_blank(text):
             raise BadInput(field, "is white space only; allowed: a text")
     memory = _Memory() if tenant_id is None else _known.setdefault(embedder, _Memory())
     keys = [(tenant_id or "", text) for text in texts]

@@ -39,7 +39,7 @@ from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION, TSQUERY, aggregate_
 from sqlalchemy.sql.selectable import LateralFromClause
 
 from app.conditions import Conditions, where
-from app.drafts import MAX_QUERY_BYTES, check_text
+from app.drafts import MAX_QUERY_BYTES, check_text, is_blank
 from app.errors import BadInput
 from app.settings import Settings
 from app.tables import tenant_document_terms, tenant_documents
@@ -93,7 +93,7 @@ def plain(question: str) -> str:
 def values(settings: Settings, question: str, text_k: int, conditions: Conditions) -> dict[str, Any]:
     """The values of `ranked` but for those of `where`. Raises BadInput for a question that is blank or too long."""
     check_text("query", question, 1, MAX_QUERY_BYTES)
-    if not question.strip():
+    if is_blank(question):
         raise BadInput("query", "is white space only; allowed: a text")
     asked = {"question": question, "text_k": text_k}
     if conditions != Conditions():

@@ -3,12 +3,13 @@
     python -m bench.batch [--rows 200000] [--data-dir .bench] [--rounds 10]
 
 100 searches of one tenant: with vectors that are brought, and with texts that the server embeds, new ones every round
-so that none is remembered. Ratios are of the same round.
+so that none is remembered; recall@10 of the brought ones. Ratios are of the same round.
 """
 
 import json
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ def main() -> None:
                 cases = [(tenant, field) for tenant in options.tenants for field in ("embedding", "query")]
                 for tenant, field in progress.track(cases, description=f"{workers} workers"):
                     took = []
+                    recall = None
                     for round_ in range(options.rounds + 1):
                         single, batch = (
                             bodies(tenant, field, loaded.corpus.queries, 2 * round_ + turn) for turn in range(2)
@@ -54,27 +56,33 @@ def main() -> None:
                         alone = load.turn(serving.address, one_by_one, 1, 0)
                         joined = load.turn(serving.address, together, 1, 0)
                         if field == "embedding":
-                            same(alone.bodies, joined.bodies[0])
+                            ids = same(alone.bodies, joined.bodies[0])
+                            truth = loaded.corpus.truth(tenant, NOTHING, postgres.TOP_K)
+                            recall = fmean(data.recall(found, best) for found, best in zip(ids, truth, strict=True))
                         if round_:  # the first warms up
                             took.append((1e3 * alone.sample.elapsed, 1e3 * joined.sample.elapsed))
                     ratios = np.quantile([a / j for a, j in took], [0.25, 0.5, 0.75]).tolist()
                     alone_ms, joined_ms = np.median(took, axis=0).tolist()
                     results.append(
                         {"workers": workers, "tenant": tenant, "field": field, "ratio": ratios}
-                        | {"one_by_one_ms": alone_ms, "batch_ms": joined_ms}
+                        | {"one_by_one_ms": alone_ms, "batch_ms": joined_ms, "recall": recall}
                     )
     timing.say(where)
     terminal.table(
         f"{SEARCHES} searches",
         [
             *((name, "left") for name in ("tenant", "brought")),
-            *((name, "right") for name in ("workers", "one by one, ms", "batch, ms", "times faster (quartiles)")),
+            *(
+                (name, "right")
+                for name in ("workers", "recall@10", "one by one, ms", "batch, ms", "times faster (quartiles)")
+            ),
         ],
         [
             (
                 row["tenant"],
                 row["field"],
                 row["workers"],
+                "" if row["recall"] is None else f"{row['recall']:.3f}",
                 f"{row['one_by_one_ms']:.0f}",
                 f"{row['batch_ms']:.0f}",
                 "{1:.2f} ({0:.2f}–{2:.2f})".format(*row["ratio"]),
@@ -85,11 +93,12 @@ def main() -> None:
     timing.save(options.out, "batch", {"surroundings": where, "results": results}, draw)
 
 
-def same(alone: Mapping[int, bytes], joined: bytes) -> None:
-    """Both ways must give the same answers."""
+def same(alone: Mapping[int, bytes], joined: bytes) -> list[list[str]]:
+    """The ids that each search found. Both ways must give the same answers."""
     answers = [answer["results"] for answer in json.loads(joined)["answers"]]
     if [json.loads(alone[n])["results"] for n in range(SEARCHES)] != answers:
         raise SystemExit("the batch gives other results than its searches one by one")
+    return [[hit["id"] for hit in hits] for hits in answers]
 
 
 def draw(pyplot: Any, record: Mapping[str, Any]) -> None:

@@ -7,10 +7,12 @@ Each search's transactions (role, tenant, limits, statements) are recorded once 
 them from C, one packet each. pgrecall is asked over HTTP: once with the vector as JSON numbers in `embedding`, once
 with a text in `query`, the same few texts again and again. The vectors of `query` are the texts' own, and so are those
 of the runs it is compared with. The load (bench/load.py) is one process with epoll. The table shows the CPU that a
-request takes of the server's processes (without PostgreSQL) and of the load: on a busy machine the steadier figures.
+request takes of the server's processes (without PostgreSQL) and of the load: on a busy machine the steadier figures. Every
+variant has to give the rows that were recorded, so that recall@10 is one for all of a case.
 """
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import pickle
@@ -21,6 +23,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,8 +76,8 @@ async def embedded(settings: Settings, questions: Sequence[str]) -> Vectors:
 
 def variants(
     loaded: Loaded, vectors: Mapping[str, Vectors], tenants: Sequence[str], clients: int, opened: ExitStack
-) -> dict[Case, dict[str, Turn]]:
-    """Everything started, and a turn of each variant for each case."""
+) -> tuple[dict[Case, dict[str, Turn]], dict[Case, float]]:
+    """Everything started: a turn of each variant for each case, and the case's recall@10, the same for all variants."""
     folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
     cases = [Case(tenant, field) for tenant in tenants for field in vectors]
     recorded = {
@@ -87,8 +90,12 @@ def variants(
     servers = {f"pgrecall, {n}": opened.enter_context(served.pgrecall(loaded.service_url, n)) for n in WORKERS}
     servers |= {f"bare, {n}": opened.enter_context(served.bare(loaded.service_url, str(kept), n)) for n in WORKERS}
     made: dict[Case, dict[str, Turn]] = {}
+    recalls: dict[Case, float] = {}
     for case, (searches, expected) in recorded.items():
         made[case] = {}
+        asked = dataclasses.replace(loaded.corpus, queries=vectors[case.field])
+        truth = asked.truth(case.tenant, NOTHING, postgres.TOP_K)
+        recalls[case] = fmean(data.recall(ids, best) for ids, best in zip(expected, truth, strict=True))
         for name, serving in servers.items():
             base = serving.address
             requests = [
@@ -105,7 +112,7 @@ def variants(
                     raise SystemExit(f"{name} found {found} for {case.tenant}, {case.field} {number}, not {ids}")
             made[case][name] = partial(_http, load, serving, requests, clients)
         made[case][PGBENCH] = _pgbench(loaded, transactions.write_scripts(searches[:SCRIPTS], folder), clients, folder)
-    return made
+    return made, recalls
 
 
 NOTHING = data.Narrowing()
@@ -146,14 +153,14 @@ def main() -> None:
             "embedding": loaded.corpus.queries[:QUESTIONS],
             "query": asyncio.run(embedded(loaded.settings, texts())),
         }
-        cases = variants(loaded, vectors, options.tenants, options.clients, opened)
+        cases, recalls = variants(loaded, vectors, options.tenants, options.clients, opened)
         with terminal.progress("rounds") as progress:
             for number in progress.track(range(options.rounds), description="measuring"):
                 for case, turns in cases.items():
                     names = list(turns)
                     for name in names[number % len(names) :] + names[: number % len(names)]:
                         samples.setdefault((case, name), []).append(turns[name]())
-    results = [row(case, name, found, samples) for (case, name), found in samples.items()]
+    results = [row(case, name, found, samples) | {"recall": recalls[case]} for (case, name), found in samples.items()]
     verdict = judged(results)
     timing.say(where)
     show(results)
@@ -194,6 +201,7 @@ def judged(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def show(results: Sequence[Mapping[str, Any]]) -> None:
     """A table per tenant."""
     numbers = (
+        "recall@10",
         "requests/s",
         "median ms",
         "p95 ms",
@@ -210,6 +218,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
                 (
                     row["field"],
                     row["variant"],
+                    f"{row['recall']:.3f}",
                     f"{row['requests_per_s']:.0f}",
                     f"{row['median_ms']:.2f}",
                     f"{row['p95_ms']:.2f}",

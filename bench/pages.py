@@ -87,12 +87,23 @@ def http(rows: Sequence[Row]) -> Iterator[str]:
     """Each tenant and kind of request."""
     ratios = ("of bare", "of pgbench")
     yield table(
-        ["tenant", "request", "variant, workers", "requests/s", "median ms", "p95 ms", "server's CPU ms", *ratios],
+        [
+            "tenant",
+            "request",
+            "variant, workers",
+            "recall@10",
+            "requests/s",
+            "median ms",
+            "p95 ms",
+            "server's CPU ms",
+            *ratios,
+        ],
         [
             [
                 row["tenant"],
                 row["field"],
                 row["variant"],
+                f"{row['recall']:.3f}",
                 f"{row['requests_per_s']:,.0f}",
                 f"{row['median_ms']:.2f}",
                 f"{row['p95_ms']:.2f}",
@@ -107,18 +118,27 @@ def http(rows: Sequence[Row]) -> Iterator[str]:
 def batch(rows: Sequence[Row]) -> Iterator[str]:
     """Each tenant, and what its searches brought."""
     yield table(
-        ["tenant", "brought", "workers", "one by one, ms", "batch, ms", "times faster (quartiles)"],
+        ["tenant", "brought", "workers", "recall@10", "one by one, ms", "batch, ms", "times faster (quartiles)"],
         [
             [
                 row["tenant"],
                 row["field"],
                 str(row["workers"]),
+                "" if row["recall"] is None else f"{row['recall']:.3f}",
                 f"{row['one_by_one_ms']:.0f}",
                 f"{row['batch_ms']:.0f}",
                 "{1:.2f} ({0:.2f}–{2:.2f})".format(*row["ratio"]),
             ]
             for row in rows
         ],
+    )
+
+
+def fusion(rows: Sequence[Row]) -> Iterator[str]:
+    """A row for each way to search."""
+    yield table(
+        ["way", "nDCG@10", "p50 ms", "p95 ms"],
+        [[row["way"], f"{row['ndcg']:.3f}", f"{row['median_ms']:.1f}", f"{row['p95_ms']:.1f}"] for row in rows],
     )
 
 
@@ -209,7 +229,7 @@ def _spread(ratios: Sequence[float]) -> str:
 
 
 TABLES: dict[str, Callable[[Any], Iterator[str]]] = {
-    each.__name__: each for each in (searches, peers, http, batch, growth, quantisation, ingest)
+    each.__name__: each for each in (searches, peers, http, batch, fusion, growth, quantisation, ingest)
 }
 
 

@@ -15,6 +15,9 @@ _SAID = re.compile(r"(.*?)(?: - at `\$(.*)`)?", re.DOTALL)
 _NAMED = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
 _KIND = re.compile(r"Expected `(.+)`, got `(.+)`")
 _VALUE = re.compile(r"Invalid enum value (.+)", re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_LOOKED_THROUGH = 1_000_000
+"""Bytes of a body up to which a lone surrogate is looked for: 16 MB of numbers would take two seconds."""
 _HALF = re.compile("[\ud800-\udfff]")
 """Of a surrogate pair. JSON can spell one half alone; UTF-8 and PostgreSQL cannot."""
 _STEP = re.compile(r"\[|[^.\[\]]+")
@@ -45,10 +48,11 @@ def decoded(body: bytes, kind: Any, name: str = "body") -> Any:
     except msgspec.ValidationError as error:
         raise _named(str(error), kind, name) from None
     except msgspec.DecodeError as error:
-        # msgspec says of such a text that it is truncated, or malformed, and not where.
-        if b"\\u" in body and (field := _halved(body)) is not None:
-            raise BadInput(field, "has a lone surrogate; allowed: valid Unicode") from None
-        raise BadInput("", f"the {name} is not JSON: {error}; allowed: a JSON object") from None
+        if (field := _halved(body)) is not None:
+            fault = "has a lone surrogate; allowed: valid Unicode"
+            raise BadInput(field, fault if field else f"the {name} {fault}") from None
+        hint = ", or a text in it has a lone surrogate" if _SURROGATE.search(body) else ""
+        raise BadInput("", f"the {name} is not JSON: {error}{hint}; allowed: a JSON object") from None
     except UnicodeDecodeError:
         raise BadInput("", f"the {name} is not UTF-8; allowed: JSON in UTF-8") from None
     except RecursionError:
@@ -66,7 +70,12 @@ def worded(said: str, limits: str = "") -> str:
 
 
 def _halved(body: bytes) -> str | None:
-    """The path of the first text with half a surrogate pair in a body that is JSON otherwise; None without one."""
+    """The path of the first text with half a surrogate pair in a body that is JSON otherwise; None where none is found.
+
+    msgspec says of such a body that it is truncated, or malformed, and not where. An object with such a key is named itself.
+    """
+    if len(body) > _LOOKED_THROUGH or not _SURROGATE.search(body):
+        return None
     try:
         whole = json.loads(body)
     except (ValueError, RecursionError):
@@ -74,15 +83,14 @@ def _halved(body: bytes) -> str | None:
     waiting = [("", whole)]
     while waiting:
         path, value = waiting.pop()
-        if isinstance(value, str):
-            if _HALF.search(value):
-                return path
-        elif isinstance(value, dict):
-            if any(_HALF.search(key) for key in value):
-                return path
-            waiting += [(f"{path}.{key[:60]}".lstrip("."), inner) for key, inner in reversed(value.items())]
-        elif isinstance(value, list):
-            waiting += [(f"{path}[{index}]", inner) for index, inner in reversed(list(enumerate(value)))]
+        texts = (value,) if isinstance(value, str) else value if isinstance(value, dict) else ()
+        if any(map(_HALF.search, texts)):
+            return path
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        steps = [(step, each) for step, each in inner if isinstance(each, (str, dict, list))]
+        for step, each in reversed(steps):
+            named = f"{path}[{step}]" if isinstance(step, int) else f"{path}.{step[:60]}" if path else step[:60]
+            waiting.append((named, each))
     return None
 
 

@@ -148,7 +148,9 @@ async def test_bad_requests_name_the_field(client, change, field):
         (b'{"tenant_id": "a", "query": "\\ud800"}', "query: has a lone surrogate; allowed: valid Unicode"),
         (b'{"tenant_id": "a", "metadata": {"k": ["x", "\\ude00y"]}}', "metadata.k[1]: has a lone surrogate"),
         (b'{"tenant_id": "a", "metadata": {"\\ud800": 1}}', "metadata: has a lone surrogate"),
-        (b'{"tenant_id": "\\ud800", ', "the body is not JSON: "),
+        (b'{"tenant_id": "\\ud800", ', "the body is not JSON: Input data was truncated, or a text in it has a lone"),
+        (b'"\\ud800"', "the body has a lone surrogate; allowed: valid Unicode"),
+        (b'{"tenant_id": "a", "query": "\\ud83d\\ude00", "top_k": "1"}', "top_k: is a text"),
         (b'{"tenant_id": "a", "limit": 5}', "limit: there is no such field; allowed: tenant_id, query, embedding"),
         (b"[]", "the body is a list; allowed: an object"),
         (b"", "the body is empty; allowed: a JSON object"),
@@ -163,6 +165,12 @@ async def test_a_body_that_cannot_be_taken_says_what_can(client, body, detail):
     (fault,) = problem["faults"]
     assert (fault["field"] or None) == problem.get("field")
     assert problem["type"] == "urn:pgrecall:problem:bad-input"
+
+
+async def test_a_question_of_zero_width_is_refused(client):
+    for mode in ("vector", "text", "hybrid"):
+        response = await client.post("/search", json={"tenant_id": "a", "query": "\u200b \u2060", "mode": mode})
+        assert "white space only" in assert_problem(response, 400, field="query")["detail"]
 
 
 async def test_weights_that_leave_no_leg_are_refused(client):

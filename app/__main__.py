@@ -17,7 +17,7 @@ from app.errors import DatabaseUnavailable, PgrecallError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. 0 done, 1 done in part, 2 refused, 130 interrupted."""
+    """Run one command. 0 done, 1 done in part, 2 refused, 3 migrations pending (`migrate --check`), 130 interrupted."""
     asked = parser().parse_args(arguments)
     # SIGTERM ends like Ctrl-C does: the embedded database is stopped, not left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

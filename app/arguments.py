@@ -62,15 +62,18 @@ def parser() -> argparse.ArgumentParser:
     )
     _serving(demonstrated)
     demonstrated.add_argument("--once", action="store_true", help="stop after the answer")
-    _json(
-        command(
-            "migrate",
-            commands.migrate,
-            "Bring the database to this release's schema.",
-            "pgrecall migrate",
-            "PGRECALL_MIGRATION_URL=postgresql://owner@db/app pgrecall migrate --json",
-        )
+    migrated = command(
+        "migrate",
+        commands.migrate,
+        "Bring the database to this release's schema.",
+        "pgrecall migrate",
+        "pgrecall migrate --check",
+        "PGRECALL_MIGRATION_URL=postgresql://owner@db/app pgrecall migrate --json",
     )
+    migrated.add_argument(
+        "--check", action="store_true", help="change nothing; list what is pending, exit with 3 if anything is, else 0"
+    )
+    _json(migrated)
     made_roles = command(
         "roles",
         commands.apply_roles,

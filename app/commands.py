@@ -102,7 +102,9 @@ def check_host(host: str, *, insecure: bool) -> None:
 
 
 def migrate(arguments: Namespace, config: Settings) -> int:
-    """Bring the database to the newest revision."""
+    """Bring the database to the newest revision, or with --check say what that would take."""
+    if arguments.check:
+        return _pending(arguments, config)
     before = schema.is_current(config)
     schema.migrate(config)
     report = {"revision": schema.head(config), "migrated": not before}
@@ -111,6 +113,25 @@ def migrate(arguments: Namespace, config: Settings) -> int:
     else:
         terminal.say(f"the database is at revision {report['revision']}" + (", nothing to do" if before else ""))
     return 0
+
+
+PENDING = 3
+"""Exit status of `migrate --check` where migrations are pending."""
+
+
+def _pending(arguments: Namespace, config: Settings) -> int:
+    found = schema.pending(config)
+    if arguments.json:
+        terminal.json({"revision": found.revision, "head": schema.head(config), "pending": found.steps})
+    elif found.steps:
+        terminal.say(
+            f"the database is {f'at revision {found.revision}' if found.revision else 'without a schema'}; pending:"
+        )
+        for step in found.steps:
+            terminal.out.print(f"{step.revision}  {step.summary}", markup=False, soft_wrap=True)
+    else:
+        terminal.say(f"the database is at revision {found.revision}, nothing is pending")
+    return PENDING if found.steps else 0
 
 
 def apply_roles(arguments: Namespace, config: Settings) -> int:

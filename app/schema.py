@@ -103,13 +103,39 @@ def provided(settings: Settings) -> Iterator[Settings]:
         database.close()
 
 
-def is_current(settings: Settings) -> bool:
-    """Whether the database is at the newest revision this release knows."""
+class Step(NamedTuple):
+    """A migration that a database has not had: its revision, and the first line of what it says of itself."""
+
+    revision: str
+    summary: str
+
+
+class Pending(NamedTuple):
+    """Where a database is (None: nowhere yet) and the migrations between it and the newest of this release, in order."""
+
+    revision: str | None
+    steps: list[Step]
+
+
+def pending(settings: Settings) -> Pending:
+    """What `migrate` would do. Reads one row and takes no lock that anyone waits for."""
     with migration_url(settings) as url, connect(url) as connection:
         row = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
-        if row is None or not row[0]:
-            return False
-        return connection.execute("select version_num from pgrecall_revision").fetchone() == (head(settings),)
+        if row is not None and row[0]:
+            row = connection.execute("select version_num from pgrecall_revision").fetchone()
+        else:
+            row = None
+    found: str | None = row[0] if row else None
+    known = [
+        Step(script.revision, (script.doc or "").strip())
+        for script in ScriptDirectory.from_config(config(settings)).walk_revisions()
+    ]
+    return Pending(found, [step for step in reversed(known) if found is None or step.revision > found])
+
+
+def is_current(settings: Settings) -> bool:
+    """Whether the database is at the newest revision this release knows."""
+    return pending(settings).revision == head(settings)
 
 
 def head(settings: Settings) -> str:

@@ -78,6 +78,7 @@ def _build(name: str, definition: str, comment: str) -> None:
     note = "-- Only where the extension btree_gin is:\n" if name in NEED_BTREE_GIN and op.get_context().as_sql else ""
     _run(f"""do $$ begin
     if exists (select from pg_index where indexrelid = to_regclass('{name}') and not indisvalid) then
+        set local lock_timeout = '4s';  -- unlike what is concurrent, this makes others wait behind it
         execute 'drop index {name}';
     end if;
 end $$""")

@@ -128,6 +128,7 @@ def _swap(build: list[tuple[str, str, str]], drop: list[str], *also: str) -> Non
         for name, definition, comment in build:
             _execute(f"""do $$ begin
     if exists (select from pg_index where indexrelid = to_regclass('{name}') and not indisvalid) then
+        set local lock_timeout = '4s';  -- unlike what is concurrent, this makes others wait behind it
         execute 'drop index {name}';
     end if;
 end $$""")

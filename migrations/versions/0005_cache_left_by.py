@@ -25,6 +25,7 @@ def upgrade() -> None:
         op.execute("set statement_timeout = 0")
         op.execute("""do $$ begin
     if exists (select from pg_index where indexrelid = to_regclass('embedding_cache_left_by_idx') and not indisvalid) then
+        set local lock_timeout = '4s';  -- unlike what is concurrent, this makes others wait behind it
         execute 'drop index embedding_cache_left_by_idx';
     end if;
 end $$""")

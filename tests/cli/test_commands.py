@@ -15,11 +15,12 @@ import httpx
 import psycopg
 import pytest
 
-from app import demo, erasure
+from app import demo, erasure, local
 from app.__main__ import main
 from app.arguments import parser
 from app.drafts import Draft
 from app.errors import SetupError
+from app.settings import Settings
 
 
 @pytest.fixture
@@ -97,6 +98,38 @@ def test_migrate_says_whether_there_was_anything_to_do(run):
     assert status == 0
     assert json.loads(out)["revision"] == "0007"
     assert json.loads(run("migrate", "--json")[1]) == {"revision": "0007", "migrated": False}
+
+
+def test_migrate_check_lists_what_is_pending_and_changes_nothing(data_dir, run):
+    run("migrate")
+    status, out, _ = run("migrate", "--check", "--json")
+    current = json.loads(out)
+    head = current["head"]
+    assert (status, current) == (0, {"revision": head, "head": head, "pending": []})
+    every = [f"{number:04}" for number in range(1, int(head) + 1)]
+    with (
+        contextlib.closing(local.start(Settings(data_dir=str(data_dir)))) as database,
+        psycopg.connect(database.owner_url, autocommit=True) as owner,
+    ):
+        try:
+            owner.execute("update pgrecall_revision set version_num = '0005'")
+            status, out, _ = run("migrate", "--check", "--json")
+            assert (status, json.loads(out)["revision"]) == (3, "0005")
+            assert [step["revision"] for step in json.loads(out)["pending"]] == every[5:]
+            status, out, err = run("migrate", "--check")
+            assert (status, "at revision 0005; pending" in err) == (3, True)
+            assert "0007  Claims on texts that are being embedded" in out
+            assert owner.execute("select version_num from pgrecall_revision").fetchone() == ("0005",)
+            owner.execute("delete from pgrecall_revision")
+            status, out, err = run("migrate", "--check")
+            assert (status, "without a schema" in err) == (3, True)
+            assert [line.partition(" ")[0] for line in out.splitlines()] == every
+            # A newer release was here: nothing is pending for this one.
+            owner.execute("insert into pgrecall_revision values ('9999')")
+            assert run("migrate", "--check")[0] == 0
+        finally:
+            owner.execute("delete from pgrecall_revision")
+            owner.execute("insert into pgrecall_revision values (%s)", (head,))
 
 
 def test_roles_prints_sql_that_can_be_run_again(run, cluster):

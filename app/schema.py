@@ -120,11 +120,8 @@ class Pending(NamedTuple):
 def pending(settings: Settings) -> Pending:
     """What `migrate` would do. Reads one row and takes no lock that anyone waits for."""
     with migration_url(settings) as url, connect(url) as connection:
-        row = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
-        if row is not None and row[0]:
-            row = connection.execute("select version_num from pgrecall_revision").fetchone()
-        else:
-            row = None
+        begun = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
+        row = connection.execute("select version_num from pgrecall_revision").fetchone() if begun and begun[0] else None
     found: str | None = row[0] if row else None
     known = [
         Step(script.revision, (script.doc or "").strip())

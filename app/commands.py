@@ -122,13 +122,7 @@ PENDING = 3
 def _pending(arguments: Namespace, config: Settings) -> int:
     found = schema.pending(config)
     if arguments.json:
-        terminal.json(
-            {
-                "revision": found.revision,
-                "head": schema.head(config),
-                "pending": [step._asdict() for step in found.steps],
-            }
-        )
+        terminal.json({"revision": found.revision, "head": schema.head(config), "pending": found.steps})
     elif found.steps:
         terminal.say(
             f"the database is {f'at revision {found.revision}' if found.revision else 'without a schema'}; pending:"

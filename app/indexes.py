@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -64,7 +65,8 @@ select greatest(coalesce(tuples_done::float8 / nullif(tuples_total, 0), 0),
 """How far the index under construction is, 0 to 1."""
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Kept:
     """One kind of vector index. `scans` counts since the server's statistics began."""
 
     kind: Kind

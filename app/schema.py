@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,8 @@ def provided(settings: Settings) -> Iterator[Settings]:
         database.close()
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Step:
     """A migration that a database has not had: its revision, and the first line of what it says of itself."""
 
     revision: str

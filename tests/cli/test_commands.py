@@ -100,6 +100,12 @@ def test_migrate_says_whether_there_was_anything_to_do(run):
     assert json.loads(run("migrate", "--json")[1]) == {"revision": "0007", "migrated": False}
 
 
+def test_the_indexes_are_named_in_json(run):
+    status, out, _ = run("index", "--json")
+    (kept,) = json.loads(out)["indexes"]
+    assert (status, kept["kind"], kept["state"], kept["valid"], kept["indexes"]) == (0, "full", "active", 16, 16)
+
+
 def test_migrate_check_lists_what_is_pending_and_changes_nothing(data_dir, run):
     run("migrate")
     status, out, _ = run("migrate", "--check", "--json")

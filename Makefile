@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 
-.PHONY: help install demo serve test test-long lint format clean
+.PHONY: help install demo serve test test-long lint isolation format clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ lint: .venv/installed-dev ## ruff, mypy, import-linter, alembic check
 	$(BIN)/lint-imports
 	@data=$$(mktemp -d) && trap 'rm -rf "$$data"' EXIT && export PGRECALL_DATA_DIR="$$data/pg" && \
 	  $(BIN)/pgrecall migrate && $(BIN)/alembic check
+
+isolation: .venv/installed ## write down what keeps tenants apart, after a new migration (app/isolation.json)
+	@data=$$(mktemp -d) && trap 'rm -rf "$$data"' EXIT && PGRECALL_DATA_DIR="$$data/pg" $(BIN)/python migrations/isolation.py
 
 format: .venv/installed-dev ## ruff format and the fixes it is sure of
 	$(BIN)/ruff check --fix

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 if os.getpid() == 1:
     # The first process of a container ignores what it does not handle, and the imports below take a second or two.
@@ -22,7 +23,7 @@ log = logging.getLogger("app")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. 0 done, 1 done in part, 2 refused, 3 migrations pending (`migrate --check`), 130 interrupted."""
     asked = parser().parse_args(arguments)
-    refuse = terminal.say
+    refuse: Callable[[str], object] = terminal.say
     # SIGTERM ends like Ctrl-C does: the embedded database is stopped, not left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -339,7 +339,7 @@ def _policies(rules: Rules, found: Rules) -> Iterator[Fault]:
                 yield Fault(f"{policy.title} is missing", _policy(policy), leaks=False)
         elif there != policy:
             yield Fault(
-                f"{policy.title} is {_told(there)}, not {_told(policy)}",
+                f"{policy.title} is {_told(there)}",
                 f"BEGIN; DROP POLICY {policy.name} ON {policy.table}; {_policy(policy)}; COMMIT",
                 _opens(there),
             )

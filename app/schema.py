@@ -129,6 +129,13 @@ def migrate(settings: Settings, revision: str = "head", *, quiet: bool = False) 
         raise SetupError(
             f"migration failed: {error}. A newer release has migrated this database, or another program"
         ) from error
+    except Unavailable as error:
+        if type(error) is not Unavailable:
+            raise
+        raise SetupError(
+            "migration failed: a lock that it needs was not to be had, others hold it (look at pg_stat_activity). Nothing of "
+            "this step is changed but what it builds beside others; run it again"
+        ) from error
     except psycopg.Error as error:
         hint = f". {error.diag.message_hint}" if error.diag.message_hint else ""
         raise SetupError(f"migration failed: {error.diag.message_primary or error}{hint}") from error

@@ -5,6 +5,7 @@ import time
 from alembic import context
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from app import database, isolation, pool, progress, schema, settings, tables, telemetry
 
@@ -90,12 +91,17 @@ def online(connection: Connection, options: settings.Settings) -> None:
         with context.begin_transaction():
             context.run_migrations()
     except Exception as error:
-        steps.stopped(error)
+        # Alembic, leaving a block of concurrent work, stumbles over a connection that is gone: what it was before counts.
+        first = error.__context__ if isinstance(error, PendingRollbackError) else None
+        steps.stopped(first if isinstance(first, DBAPIError) else error)
+        if isinstance(first, DBAPIError):
+            raise first from None
         raise
     finally:
-        connection.rollback()
-        connection.execute(text("select pg_advisory_unlock(:key)"), {"key": isolation.MIGRATOR_LOCK})
-        connection.commit()
+        if not connection.invalidated:
+            connection.rollback()
+            connection.execute(text("select pg_advisory_unlock(:key)"), {"key": isolation.MIGRATOR_LOCK})
+            connection.commit()
 
 
 def _wait_for_turn(connection: Connection) -> None:

@@ -30,7 +30,7 @@ from tests.openai_server import CHAT
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^`([\w.]+)`[^\n]*:\n\n```json\n(.*?)^```", re.MULTILINE | re.DOTALL)
 VARIES = re.compile(
-    r"(?P<moment>\d{4}-\d\d-\d\dT[\d:.]+Z)|(?P<took>[\d.]+ ms|(?<=\"p\d\d\":)[\d.]+)|(?P<number>-?\d+\.\d+)|(?P<left_out>…)"
+    r"(?P<moment>\d{4}-\d\d-\d\dT[\d:.]+Z)|(?P<took>[\d.]+ ms|(?<=\"p\d\d\":)[\d.]+|(?<=seconds\": )[\d.]+|(?<=seconds=)[\d.]+)|(?P<number>-?\d+\.\d+)|(?P<left_out>…)"
 )
 PATTERNS = {"moment": r"\S+?Z", "took": r"[\d.]+(?: ms)?", "number": r"(-?\d+\.\d+)", "left_out": r"(?s:.*?)"}
 PROGRESS = re.compile(

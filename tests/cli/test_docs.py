@@ -295,7 +295,7 @@ def test_the_sql_of_the_documentation_runs_as_the_analyst(shell, root):
 def test_the_tour_in_sql_gives_what_it_shows(shell, root):
     page = (root / "docs/sql.md").read_text()
     shutil.copytree(root / "samples", shell.folder / "samples")
-    (shell.folder / "nearest.sql").write_text(re.search(r"^`nearest.sql`[^\n]*\n\n```text\n(.*?)^```", page, FOLDED)[1])
+    (shell.folder / "nearest.sql").write_text(re.search(r"`nearest.sql`:\n\n```text\n(.*?)^```", page, FOLDED)[1])
     check(shell, page)
     url = shell.run("pgrecall sql --print-url")[1].strip()
     queries = re.findall(r"^```sql\n(.*?)^```\n\n```text\n(.*?)^```", page, FOLDED)

@@ -164,7 +164,7 @@ def test_the_embedded_databases_administrator_makes_analysts_too(run, data_dir, 
 def test_the_vector_of_a_question_is_what_a_search_takes(run, data_dir, stored):
     status, out, _ = run("embed", "I lost my password")
     assert status == 0
-    assert run("embed", "I lost my password", "--json")[1].strip() == out.strip()
+    assert json.loads(run("embed", "I lost my password", "--json")[1]) == json.loads(out)
     found = json.loads(run("search", "I lost my password", "--tenant", "acme", "--json")[1])["results"]
     with psycopg.connect(run("sql", "--print-url")[1].strip()) as connection:
         rows = connection.execute("select id, similarity from search_documents('acme', %s)", (out.strip(),)).fetchall()

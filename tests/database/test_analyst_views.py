@@ -64,7 +64,7 @@ async def test_figures_are_of_each_tenant_the_reader_may_see(stored, analyst, ow
     assert acme["first_created_at"] <= acme["last_created_at"] <= acme["updated_at"]
 
 
-async def test_every_index_is_there_and_an_invalid_one_is_seen(stored, analyst, owner):
+async def test_every_index_is_there_and_an_invalid_one_is_seen(stored, analyst, owner, owner_url):
     listed = rows(analyst, "select * from index_health")
     names = {row["index_name"] for row in listed}
     indexes = owner.execute(
@@ -74,13 +74,13 @@ async def test_every_index_is_there_and_an_invalid_one_is_seen(stored, analyst, 
     assert {row["method"] for row in listed} == {"btree", "gin", "hnsw"}
     assert all(row["valid"] and row["bytes"] > 0 for row in listed)
     name = "documents_embedding_full_03_idx"
-    with psycopg.connect(owner.info.dsn) as other:
+    owner.execute(f"drop index {name}")
+    with psycopg.connect(owner_url) as other:
         other.execute("insert into sources (tenant_id, id, content) values ('acme', 'open', 'x')")
         other.execute(
             "insert into documents (tenant_id, id, chunk_key, content, embedding) "
             "values ('acme', 'open', 'k', 'x', array_fill(1, array[64])::vector)"
         )
-        owner.execute(f"drop index {name}")
         owner.execute("set statement_timeout = '300ms'")  # it waits for the transaction that is open, and is given up
         with pytest.raises(psycopg.errors.QueryCanceled):
             owner.execute(f"create index concurrently {name} on documents using hnsw (embedding vector_cosine_ops)")

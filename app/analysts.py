@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Integer, Text, bindparam, func, literal_column, select
+from sqlalchemy import ColumnElement, Integer, Select, Text, bindparam, func, literal_column, select
 from sqlalchemy.sql import ClauseElement
 
 from app import drafts, fusion, layout, scans, text
@@ -90,7 +90,7 @@ def fragments() -> Iterator[Fragment]:
                 yield _fragment(f"{method} {strategy}{among}", fusion.build(_ANY, mixed, TABLES))
         words = Mixed(wanted._replace(thresholded=False), None, similarity=False)
         yield _fragment(f"text{among}", fusion.build(_ANY, words, TABLES))
-    passing = select(literal_column("1").label("one")).select_from(documents).where(*_spliced(_ANY))
+    passing: Select[Any] = select(literal_column("1").label("one")).select_from(documents).where(*_spliced(_ANY))
     counted = passing.limit(bindparam("bound", type_=Integer)).subquery("counted")
     yield _fragment("count", select(func.count()).select_from(counted))
     yield Fragment("score", str(text.score()))

@@ -74,7 +74,10 @@ def _hidden(url: str) -> tuple[str, dict[str, str]]:
     return (
         (url, environment)
         if password is None
-        else (make_conninfo(**parts), environment | {"PGPASSWORD": str(password)})
+        else (
+            make_conninfo(**{name: str(value) for name, value in parts.items()}),
+            environment | {"PGPASSWORD": str(password)},
+        )
     )
 
 

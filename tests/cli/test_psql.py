@@ -47,11 +47,6 @@ def test_sql_opens_psql_as_the_analyst_who_reads_and_does_not_write(run, data_di
     status, _, err = printed(data_dir, "-c", "delete from documents")
     assert status == 1
     assert "permission denied for table documents" in err
-    status, out, _ = printed(data_dir, "--owner", "-c", "select session_user")
-    assert local.OWNER in out
-    status, _, err = printed(data_dir, "-f", "/nowhere.sql")
-    assert status == 1
-    assert "/nowhere.sql" in err
 
 
 def test_sql_prints_where_to_connect(run, data_dir, stored):

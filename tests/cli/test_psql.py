@@ -12,18 +12,23 @@ import pytest
 from psycopg import sql
 
 from app import local, psql
+from app.__main__ import main
 from app.settings import masked
 from tests.conftest import passwords
 
 
-@pytest.fixture
-def stored(run, tmp_path):
-    (tmp_path / "faq.jsonl").write_text(
+@pytest.fixture(scope="module")
+def stored(data_dir, tmp_path_factory):
+    """Two tenants with two documents each."""
+    path = tmp_path_factory.mktemp("faq") / "faq.jsonl"
+    path.write_text(
         '{"id": "password", "content": "To reset a password open the settings."}\n'
         '{"id": "invoice", "content": "Invoices are sent on the first of each month."}\n'
     )
-    for tenant in ("acme", "umbra"):
-        assert run("ingest", tmp_path / "faq.jsonl", "--tenant", tenant)[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PGRECALL_DATA_DIR", str(data_dir))
+        for tenant in ("acme", "umbra"):
+            assert main(["ingest", str(path), "--tenant", tenant]) == 0
 
 
 def printed(data_dir, *arguments):

@@ -266,7 +266,6 @@ begin
     if fault is not null then
         raise exception using errcode = '22023', message = fault;
     end if;
-
     if doc_types is not null then
         filter := filter || ' AND ' || search_statement('doc_types');
     end if;
@@ -279,7 +278,6 @@ begin
     if metadata <> '{}' then
         filter := filter || ' AND ' || metadata_condition(metadata);
     end if;
-
     -- As app/layout.py has it: the active kind of index and how many rows the tenant's bucket of it holds.
     select i.kind, i.oversampling,
            (select greatest(c.reltuples, 0)::double precision from pg_class c
@@ -293,7 +291,6 @@ begin
         greatest(ceil(top_k * layout.oversampling)::integer, case when mixed then leg else top_k end, @TELLING@),
         @MAX_EF_SEARCH@);
     bound := round(least(greatest(sqrt(@VISIT@ * candidates * layout.rows), @LEAST_ROWS@), @MOST_ROWS@));
-
     bound := bound + 1;  -- counted to one more, so that more is known to be more
     step := case when query_embedding is null then 'text' when exact then 'exact' else 'few' end;
     if step = 'few' and filter = 'true' then
@@ -306,7 +303,6 @@ begin
           using tenant, query_embedding, top_k, bound, candidates, threshold, doc_types, created_after, created_before;
         step := case when measured < bound then 'exact' else 'nearest' end;
     end if;
-
     loop
         -- As scans.index_config has it. The first ends with the function, by its SET clause; pgvector's own are put back
         -- below, because a restore could not make a function that names them: they are not known before pgvector is loaded.

@@ -84,7 +84,7 @@ def code_of(root, revision, folder):
     ]
     for commit in dict.fromkeys(itertools.chain(*commits)):  # what was merged before what was on the way to a merge
         listed = subprocess.check_output([*git, "ls-tree", "--name-only", commit, "migrations/versions/"], text=True)
-        if [path.rpartition("/")[2] for path in sorted(listed.split())] == known:
+        if [path.rpartition("/")[2] for path in sorted(listed.split()) if path.endswith(".py")] == known:
             (folder / "code.tar").write_bytes(subprocess.check_output([*git, "archive", commit]))
             subprocess.run(["tar", "-x", "-C", str(folder), "-f", str(folder / "code.tar")], check=True)
             return commit[:7]

@@ -45,7 +45,7 @@ def elsewhere(cluster, template, contrib):
 @pytest.fixture
 def settings(cluster, elsewhere, openai):
     return settings_for(
-        cluster.url(elsewhere, SERVICE), openai.url, migration_url=cluster.url(elsewhere, OWNER), exact_rows=100
+        cluster.service(elsewhere), openai.url, migration_url=cluster.url(elsewhere, OWNER), exact_rows=100
     )
 
 

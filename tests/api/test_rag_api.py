@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from msgspec.structs import asdict, replace
 
-from app import local, rag
+from app import rag
 from app.settings import variable
 from tests.api.test_documents_api import assert_problem
 from tests.conftest import Cluster, cloned, settings_for

@@ -10,7 +10,6 @@ from app.conditions import Conditions
 from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
-from app.local import SERVICE
 from app.upsert import put
 from tests.conftest import migrated, settings_for
 

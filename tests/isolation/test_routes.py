@@ -25,7 +25,7 @@ def test_every_route_has_a_recipe():
 
 @pytest.mark.parametrize(("method", "path"), (RECIPES | PUBLIC).keys(), ids=lambda each: each)
 async def test_a_route_tells_nothing_of_another_tenant_and_touches_nothing_of_it(pair, method, path):
-    both, alone = pair
+    both, _ = pair
     requests = (RECIPES | PUBLIC)[method, path]("acme")
     before = both.foreign()
     assert before["sources"]

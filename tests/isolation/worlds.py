@@ -152,11 +152,12 @@ class Told(NamedTuple):
 
 
 VOLATILE = re.compile(
-    r"\d{4}-\d\d-\d\dT[\d:.]+(Z|\+00:00)"  # when something was stored
-    r'|(?<="\d-)[0-9a-f]{10,}|(?<=_seconds":)[\d.]+'
-    r'|(?<=milliseconds":)[\d.]+|\d+\.\d+ ?ms|(?<=_ms":)[\d.]+'
-    r"|cost=[\d.]+|rows=\d+|width=\d+|time=[\d.]+"
+    r"\d{4}-\d\d-\d\dT[\d:.]+(?:Z|\+00:00)?"  # when something was stored, or logged
+    r'|(?<="\d-)[0-9a-f]{10,}'  # the same in an entity tag
+    r'|"(?:\w*seconds|embedder|database|reranking|rest|p50|p95|pages_hit|pages_read|\w*_ms)":[\d.]+'
+    r"|(?<=worker )\S+/\d+/[0-9a-f]+|\d:\d\d:\d\d|[\d.]+ ?m?s\b"
 )
+"""How long something took, when it was, and how many pages of 8 kB it met in memory."""
 PER_REQUEST = frozenset({"x-request-id", "date", "server-timing"})
 
 

@@ -34,6 +34,7 @@ CALLS: dict[str, list[str]] = {
     "forget_terms": [
         f"select forget_terms('{tenant}', {IDS}{keys})" for tenant in ("umbra", "acme") for keys in ("", ", {keys}")
     ],
+    "fill_terms": ["call fill_terms(10)"],
     "fold_statistics": ["select fold_statistics('umbra')"],
     "recount_statistics": ["select recount_statistics('umbra')"],
     "text_question": [

@@ -39,12 +39,15 @@ ACROSS: dict[str, list[tuple[str, ...]]] = {
     "migrate": [("--check", "--json")],
     "roles": [()],
     "model": [("--json",)],
+    "embed": [(QUESTION, "--json")],
+    "analyst": [("nobody", "--tenant", "acme")],
     "model plan": [("other-model", "--dimensions", "64", "--json")],
 }
 """The operator's, who sees that tenants are there, how many documents they have and what went wrong: no documents."""
 
 OTHERWISE: dict[str, str] = {
     "serve": "its routes are the matrix of test_routes.py",
+    "sql": "psql as an analyst, whose rights are the matrix of test_sql.py",
     "demo": "serves a database of its own",
     "model backfill": "the owner's, of all tenants at once; prints counts (tests/cli/test_model_change.py)",
     "model compare": "prints figures of all tenants at once (tests/cli/test_model_change.py)",

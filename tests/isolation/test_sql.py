@@ -25,6 +25,10 @@ select p.proname from pg_proc p
  order by 1
 """
 
+TENANTS = ("umbra", "acme")
+VECTOR = f"'{[1.0] + [0.0] * 63}'::vector"
+GLOBAL = frozenset({"index_health", "model_progress"})
+"""Views of the whole database's indexes: sizes and counts in which every tenant has its part, and no row of any."""
 IDS = "array['theirs', 'shared', 'mine']"
 CALLS: dict[str, list[str]] = {
     "text_language": ["select text_language()"],
@@ -45,6 +49,27 @@ CALLS: dict[str, list[str]] = {
     "threshold_formula": [
         "select threshold_formula(array['a', 'b'], array[1.0, 2.0]::float8[], array[1.0, 2.0]::float8[], 1, 0.5)"
     ],
+    "search_statement": ["select search_statement('few')"],
+    "metadata_value": ["select metadata_value(array['lang'])"],
+    "metadata_equality": ["select metadata_equality('metadata', array['\"en\"'::jsonb], array['lang'])"],
+    "metadata_condition": ['select metadata_condition(\'{"lang": "en"}\')'],
+    "text_question_read": [f"select * from text_question_read('{tenant}', 'reset', 10, 1000)" for tenant in TENANTS],
+    "search_chunks": [f"select * from search_chunks('{tenant}', {VECTOR}, 'reset', 100)" for tenant in TENANTS],
+    "search_documents": [
+        *(f"select * from search_documents('{tenant}', {VECTOR}, 100)" for tenant in TENANTS),
+        f"select * from search_documents('umbra', {VECTOR}, 100, -1, 'faq {MARK}')",
+    ],
+    "hybrid_search": [
+        *(f"select * from hybrid_search('{tenant}', 'reset password', {VECTOR}, 100)" for tenant in TENANTS),
+        *(f"select * from hybrid_search('{tenant}', '{MARK}')" for tenant in TENANTS),
+    ],
+    "similar_documents": [
+        f"select * from similar_documents('{tenant}', '{name}', 100)"
+        for tenant in TENANTS
+        for name in ("shared", "theirs")
+    ],
+    "recall_check": [f"select queries, walked, recall from recall_check('{tenant}', 3)" for tenant in TENANTS],
+    "other_model_chunks": ["select other_model_chunks()"],
     "text_candidates": ["select text_candidates(array['a', 'b'], array[1.0, 2.0]::float8[], 0.5, null)"],
 }
 """How each function is called by somebody who is after umbra's rows; {keys}: the keys of all its chunks."""
@@ -167,7 +192,8 @@ def test_a_relation_shows_nothing_of_another_tenant_and_lets_nothing_of_it_be_to
         given, after = both.tell(identity, statement)
         assert after == before, statement
         assert MARK not in repr(given).lower(), statement
-        assert given == alone.tell(identity, statement)[0], statement
+        if not any(f"from {name}" in statement for name in GLOBAL):
+            assert given == alone.tell(identity, statement)[0], statement
 
 
 def test_every_function_has_a_recipe(clients):

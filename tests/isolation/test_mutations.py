@@ -16,11 +16,12 @@ import httpx
 import psycopg
 import pytest
 
+from app import isolation
 from tests.conftest import cloned
 from tests.isolation import mutations
 from tests.isolation.mutations import Mutant
 from tests.isolation.routes import RECIPES
-from tests.isolation.worlds import Asked, World, ask, marked, serving
+from tests.isolation.worlds import Asked, World, ask, difference, marked, serving
 
 READS = [route for route in RECIPES if route[0] == "GET" or route[1] in {"/search", "/search/batch", "/rag"}]
 """Routes that change nothing: their mutants share a database."""
@@ -53,6 +54,12 @@ def opened(world: World) -> None:
             text, count = OF_TENANT.subn("true", definition)
             assert count, definition
             owner.execute(f"create or replace view {name} as {text}".encode())
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service starts although views and policies let everything through, which it refuses otherwise."""
+    monkeypatch.setattr(isolation, "faults", lambda _: [])
 
 
 class Trial(NamedTuple):
@@ -127,7 +134,7 @@ async def test_without_views_and_policies_the_predicates_hold(pair, route):
             answers.append(await ask(client, RECIPES[route]("acme")))
     assert both.foreign() == before
     assert marked(answers[0]) == []
-    assert answers[0] == answers[1]
+    assert difference(*answers) == ""
 
 
 @pytest.mark.timeout(1800)

@@ -154,7 +154,7 @@ class Told(NamedTuple):
 VOLATILE = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:.]+(?:Z|\+00:00)?"  # when something was stored, or logged
     r'|(?<="\d-)[0-9a-f]{10,}'  # the same in an entity tag
-    r'|"(?:\w*seconds|embedder|database|reranking|rest|p50|p95|pages_hit|pages_read|\w*_ms)":[\d.]+'
+    r'|"milliseconds":\{[^}]*\}|"(?:\w*seconds|p50|p95|pages_hit|pages_read|\w*_ms)":[\d.]+'
     r"|(?<=worker )\S+/\d+/[0-9a-f]+|\d:\d\d:\d\d|[\d.]+ ?m?s\b"
 )
 """How long something took, when it was, and how many pages of 8 kB it met in memory."""
@@ -193,6 +193,15 @@ async def ask(client: httpx.AsyncClient, requests: Sequence[Asked]) -> list[Told
         )
         for each in requests
     ]
+
+
+def difference(there: object, elsewhere: object) -> str:
+    """Where two answers begin to differ; empty where they do not."""
+    one, other = repr(there), repr(elsewhere)
+    if one == other:
+        return ""
+    place = next((n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    return f"…{one[max(0, place - 80) : place + 80]}… but …{other[max(0, place - 80) : place + 80]}…"
 
 
 def marked(answers: Sequence[object]) -> list[str]:

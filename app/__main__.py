@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 
 if os.getpid() == 1:
     # The first process of a container ignores what it does not handle, and the imports below take a second or two.
@@ -21,21 +22,24 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     # SIGTERM ends like Ctrl-C does: the embedded database is stopped, not left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hidden = set(telemetry.written(getattr(asked, "url", None) or ""))
     try:
         config = settings.read()
+        hidden |= telemetry.secrets(config)
         telemetry.set_up(config)
         run: Command = asked.run
         return run(asked, config)
     except PgrecallError as error:
         cause = str(error.__cause__ or "").strip().splitlines() if isinstance(error, DatabaseUnavailable) else []
-        terminal.say(f"pgrecall: {error}" + (f" ({cause[-1].strip()})" if cause else ""))
-        return 2
+        said, status = f"pgrecall: {error}" + (f" ({cause[-1].strip()})" if cause else ""), 2
     except (psycopg.Error, SQLAlchemyError) as error:
-        terminal.say(f"pgrecall: the database refused: {str(error).strip().splitlines()[0]}")
-        return 2
+        said, status = f"pgrecall: the database refused: {(str(error).strip().splitlines() or [''])[0]}", 2
     except KeyboardInterrupt:
-        terminal.say("interrupted")
-        return 130
+        said, status = "interrupted", 130
+    except Exception:  # noqa: BLE001  told whole, but for what is secret in the words of others
+        said, status = traceback.format_exc().rstrip(), 1
+    terminal.say(telemetry.blotted(said, hidden))
+    return status
 
 
 if __name__ == "__main__":

@@ -5,21 +5,23 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from litestar.datastructures import MutableScopeHeaders
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from msgspec import structs
 
-from app.settings import SECRET, Settings
+from app.settings import SECRET, Settings, passwords
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request being answered, `-` outside of one."""
 
 BLOT = "********"
+SHORT = 3
+"""Characters of a part of a password that is too short to be told from other text."""
 CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "uvicorn", "alembic")
 """Libraries whose info records repeat what we say ourselves."""
 
@@ -49,9 +51,21 @@ def _secrets(settings: Settings) -> Iterator[str]:
         if name in SECRET and value:
             yield value
         elif "url" in name and value:
-            parts = urlsplit(value)
-            for password in (parts.password or "", *re.findall(r"(?:^|&)password=([^&]*)", parts.query)):
-                yield from (password, unquote(password))
+            yield from written(value)
+
+
+def written(url: str) -> Iterator[str]:
+    """The password in a URL as written and as meant, and its parts: of a URL that is none, libpq names one in its complaint."""
+    for password in passwords(url):
+        yield from (password, unquote(password))
+        yield from (part for part in re.split(r"[/?#@:\[\]]", password) if len(part) > SHORT)
+
+
+def blotted(text: str, secrets: Iterable[str]) -> str:
+    """The text without the secrets. Longest first: a secret that holds another one must go as a whole."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, BLOT)
+    return text
 
 
 class Lines(logging.Formatter):
@@ -62,15 +76,13 @@ class Lines(logging.Formatter):
 
     def __init__(self, secrets: frozenset[str]) -> None:
         super().__init__()
-        # Longest first: a secret that holds another one must go as a whole.
-        self._secrets = sorted(secrets, key=len, reverse=True)
+        self._secrets = secrets
 
     def format(self, record: logging.LogRecord) -> str:
         """One record as one line."""
         message = record.getMessage()
         trace = _DETAIL.sub("DETAIL: left out", self.formatException(record.exc_info)) if record.exc_info else ""
-        for secret in self._secrets:
-            message, trace = message.replace(secret, BLOT), trace.replace(secret, BLOT)
+        message, trace = blotted(message, self._secrets), blotted(trace, self._secrets)
         fields = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),

@@ -23,7 +23,7 @@ data: {"token": "Open Settings"}
 data: {"token": " and choose Security [Source 1]."}
 
 event: usage
-data: {"model": "gpt-4o-mini", "usage": {…}, "cited": [1]}
+data: {"model": "gpt-4o-mini", "usage": {…}, "cited": [1], "miscited": []}
 
 data: [DONE]
 
@@ -34,7 +34,7 @@ _LINES = """\
 """
 _STREAM = """\
 With `"stream": true`, server-sent events: `sources` first, with the sources as in the whole answer; then one without a \
-name for each piece, `{"token": …}`; then `usage`, with `model`, `usage` and `cited`, or `error`, with `title` and \
+name for each piece, `{"token": …}`; then `usage`, with `model`, `usage`, `cited` and `miscited`, or `error`, with `title` and \
 `detail`, where the answer ends unfinished; and `data: [DONE]` last."""
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -172,25 +172,35 @@ _EXAMPLES: Mapping[HTTPStatus, Problem] = {
         (HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive whole within 60 seconds"),
         (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be application/json, and Content-Type say so"),
         (HTTPStatus.MISDIRECTED_REQUEST, "Host: 'example.com' is not served here"),
+        (
+            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+            "request line and headers are too large; allowed: at most 65536 bytes",
+        ),
         (HTTPStatus.INTERNAL_SERVER_ERROR, _IN_THE_LOG),
     )
 }
 
 BODY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
 """Of routes that take a body."""
-_ANY = (
+BARE = (
     HTTPStatus.BAD_REQUEST,
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.MISDIRECTED_REQUEST,
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.SERVICE_UNAVAILABLE,
+)
+"""Of every route, whatever it does: the server has them before the application, and where it shuts down."""
+_ANY = (
+    *BARE,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.GATEWAY_TIMEOUT,
     HTTPStatus.INSUFFICIENT_STORAGE,
 )
+"""Of every route that asks the database."""
 
 
-def documented(*more: HTTPStatus) -> dict[int, ResponseSpec]:
-    """The problems of a route: those of every route, and more."""
+def documented(*more: HTTPStatus, always: Iterable[HTTPStatus] = _ANY) -> dict[int, ResponseSpec]:
+    """The problems of a route: those that it always may have, and more."""
     return {
         status.value: ResponseSpec(
             Problem,
@@ -199,7 +209,7 @@ def documented(*more: HTTPStatus) -> dict[int, ResponseSpec]:
             generate_examples=False,
             examples=[Example(status.phrase, value=_EXAMPLES[status])],
         )
-        for status in sorted((*_ANY, *more))
+        for status in sorted((*always, *more))
     }
 
 

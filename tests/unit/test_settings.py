@@ -63,6 +63,7 @@ def test_every_setting_can_be_set(field):
         "http://h/v1",
         "openai",
         "debug",
+        "json",
         "x",
         "7",
         "120",

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,13 +105,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __repr__(self) -> str:
         """Without its secrets: it may stand in a traceback, or in what a debugger prints."""
-        given = ((field.name, getattr(self, field.name)) for field in msgspec.structs.fields(self))
-        return f"Settings({', '.join(f'{name}={masked(name, value)!r}' for name, value in given)})"
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
-    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
         """The same for rich."""
-        for field in msgspec.structs.fields(self):
-            yield field.name, masked(field.name, getattr(self, field.name))
+        return [(field.name, masked(field.name, getattr(self, field.name))) for field in msgspec.structs.fields(self)]
 
     @property
     def uses_openai(self) -> bool:

@@ -159,15 +159,16 @@ class Memory:
 
 
 class Searches(NamedTuple):
-    """Of a well-behaved client: seconds each, and how many were refused or never answered."""
+    """Of a well-behaved client: seconds each, and what went wrong with those that failed."""
 
     seconds: list[float]
-    failed: int
+    failed: list[str]
 
 
 def searching(address: str, seconds: float) -> Searches:
     """Search, one after the other on new connections, as somebody who comes along does."""
-    took, failed = [], 0
+    took: list[float] = []
+    failed: list[str] = []
     end = time.monotonic() + seconds
     for number in itertools.count():
         if time.monotonic() > end:
@@ -176,9 +177,10 @@ def searching(address: str, seconds: float) -> Searches:
         try:
             query = {**QUESTION, "query": f"Which animals swim in river {number}?"}
             answer = httpx.post(f"{address}/search", json=query, timeout=10)
-            failed += answer.status_code != 200
-        except httpx.HTTPError:
-            failed += 1
+            if answer.status_code != 200:
+                failed.append(answer.text)
+        except httpx.HTTPError as error:
+            failed.append(repr(error))
         took.append(time.perf_counter() - began)
         time.sleep(0.02)
     raise AssertionError
@@ -239,7 +241,7 @@ def main(count: int) -> None:
             statuses = " ".join(f"{status.decode()}:{n}" for status, n in sorted(crowded[2].items()))
             held = sum(not call.ended.is_set() for call in chat.chat_calls)
             print(
-                name, *crowded[:2], statuses or "-", f"{before:.0f}", f"{peak:.0f}", f"{after:.0f}", len(found.seconds), found.failed,
+                name, *crowded[:2], statuses or "-", f"{before:.0f}", f"{peak:.0f}", f"{after:.0f}", len(found.seconds), len(found.failed),
                 f"{p50:.0f}", f"{p95:.0f}", f"{most:.0f}", f"upstream calls held: {held}" if chat.chat_calls else "", sep="\t", flush=True,
             )  # fmt: skip
 

@@ -40,6 +40,10 @@ _MISSING = re.compile(r"^Missing required \w+ parameter '([^']+)'")
 """Litestar names a missing parameter in its message only."""
 
 
+_NAMES = {"in_state": "state", "if_match": "If-Match", "if_none_match": "If-None-Match"}
+"""Parameters whose names are other ones in Python."""
+
+
 def _type(name: str) -> str:
     return "urn:pgrecall:problem:" + "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
@@ -90,7 +94,7 @@ def _found(error: HTTPException) -> list[errors.BadInput]:
         return [errors.BadInput(missing[1], "is missing; it is required")]
     listed = error.extra if isinstance(error.extra, list) else []
     return [
-        errors.BadInput(each.get("key", ""), faults.worded(each["message"]))
+        errors.BadInput(_NAMES.get(each.get("key", ""), each.get("key", "")), faults.worded(each["message"]))
         for each in listed
         if isinstance(each, dict) and "message" in each
     ] or [errors.BadInput("", error.detail)]

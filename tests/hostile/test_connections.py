@@ -51,7 +51,7 @@ def test_others_are_served_in_bounded_memory_whatever_a_crowd_does(beset):
     opened = {name: crowd.opened for name, crowd in crowds.items()}
     assert all(opened.values()), opened
     assert sum(opened.values()) > FILES - OTHER_FILES
-    assert (found.failed, found.seconds != []) == (0, True)
+    assert (found.failed, found.seconds != []) == ([], True)
     assert peak - before < MEGABYTES
     said = beset.said.read_text()
     assert "Traceback" not in said
@@ -61,7 +61,7 @@ def test_others_are_served_in_bounded_memory_whatever_a_crowd_does(beset):
 def test_a_client_that_stops_reading_an_answer_lets_the_model_go(beset):
     beset.openai.calls.clear()
     beset.openai.answer = f"{'x' * 1_000} " * 20_000
-    asked = json.dumps({"tenant_id": TENANT, "question": "Who swims?", "stream": True}).encode()
+    asked = json.dumps({"tenant_id": TENANT, "question": "Who reads no further?", "stream": True}).encode()
     with connect(beset.address) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         connection.sendall(
@@ -70,10 +70,12 @@ def test_a_client_that_stops_reading_an_answer_lets_the_model_go(beset):
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
         began = time.monotonic()
-        while not beset.openai.chat_calls:
+        mine = []
+        while not mine:
             assert time.monotonic() - began < PATIENCE
+            mine = [call for call in beset.openai.chat_calls if "reads no further" in str(call.body)]
             time.sleep(0.02)
-        (call,) = beset.openai.chat_calls
+        (call,) = mine
         assert call.ended.wait(PATIENCE), "the model writes on for nobody"
         assert call.disconnected
 
@@ -116,16 +118,16 @@ async def test_large_bodies_together_are_limited_and_small_ones_go_on(client, ap
 
     headers = {"Content-Type": "application/json"}
     over.clear()
-    first = asyncio.create_task(client.put("/documents/one", content=parts(900_000), headers=headers))
+    first = asyncio.create_task(client.put("/documents/one?wait=false", content=parts(900_000), headers=headers))
     await arrived.wait()
-    refused = await client.put("/documents/two", content=parts(900_000), headers=headers)
+    refused = await client.put("/documents/two?wait=false", content=parts(900_000), headers=headers)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-    small = asyncio.create_task(client.put("/documents/three", content=parts(100), headers=headers))
+    small = asyncio.create_task(client.put("/documents/three?wait=false", content=parts(100), headers=headers))
     over.set()
-    assert (await first).status_code == 201
-    assert (await small).status_code == 201
-    again = await client.put("/documents/two", content=parts(900_000), headers=headers)
-    assert again.status_code == 201
+    assert (await first).status_code == 202
+    assert (await small).status_code == 202
+    again = await client.put("/documents/two?wait=false", content=parts(900_000), headers=headers)
+    assert again.status_code == 202
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
-from tests.conftest import DIMENSIONS
+from tests.conftest import DIMENSIONS, THOROUGH
 from tests.hostile.strings import STRINGS
 
 TENANT, BYSTANDER = "acme", "bystander"
@@ -25,6 +25,10 @@ KEY = "hostile-key"
 
 ITEM = {"$ref": "#/components/schemas/Item"}
 HEADERS = ("X-Request-ID", "Accept", "Authorization", "Cookie")
+
+
+SHARE = 4 if THOROUGH == 1 else 1
+"""Of so many strings each place gets one, another place the next ones, unless there is time."""
 
 
 class Place(NamedTuple):
@@ -115,7 +119,11 @@ def content(operation: dict[str, Any], place: Place, text: str) -> tuple[dict[st
         if place.part == "body":
             example = put(example, place.path, text)
         if place.path[-1:] == ("embedding_model",):
-            example |= {"embedding": [1.0] * DIMENSIONS}
+            holder = example
+            for step in place.path[:-1] if place.part == "body" else ():
+                holder = holder[step]
+            holder.pop("query", None)
+            holder["embedding"] = [1.0] * DIMENSIONS
         return {"Content-Type": kind}, json.dumps(example).encode()
     return {}, None
 
@@ -181,26 +189,33 @@ def named(response: httpx.Response, place: Place) -> bool:
     return field is not None and not steps.isdisjoint(field.replace("[", ".").split("."))
 
 
-async def kept(client: httpx.AsyncClient, place: Place, text: str) -> bool:
+async def kept(client: httpx.AsyncClient, example: Any, place: Place, text: str) -> bool:
     """Whether what was put is what is read."""
     if place.part != "body" or place.method != "put" or place.path[0] in ("tenant_id", "created_at", "embedding_model"):
         return True
     whole = (await client.get(f"/documents/{DOCUMENT}", params={"tenant_id": TENANT})).json()
-    return bool(whole[place.path[0]] == put({}, place.path, text)[place.path[0]])
+    return bool(whole[place.path[0]] == put(example, place.path, text)[place.path[0]])
 
 
-async def fault(client: httpx.AsyncClient, response: httpx.Response, place: Place, text: str) -> str | None:
+async def fault(
+    client: httpx.AsyncClient, document: dict[str, Any], response: httpx.Response, place: Place, text: str
+) -> str | None:
     if response.status_code >= 500:
         return "a 5xx"
     if response.status_code >= 400:
-        if response.status_code in ELSEWHERE or named(response, place):
+        if (
+            response.status_code in ELSEWHERE
+            or (response.status_code, place.part) == (405, "path")
+            or named(response, place)
+        ):
             return None
         return "refused without a name"
     if place.part == "line":
         line = json.loads(response.text.split("\n")[0])
         if line.get("error", {}).get("status", 0) >= 500:
             return "a 5xx in a line"
-    return None if await kept(client, place, text) else "not kept to the letter"
+    example = content(document["paths"][place.route][place.method], Place("", "", "", ()), "")[1]
+    return None if await kept(client, json.loads(example or "{}"), place, text) else "not kept to the letter"
 
 
 @pytest.fixture
@@ -233,15 +248,15 @@ async def test_every_text_is_stored_to_the_letter_or_refused_by_name(client, cor
     tried = places(document)
     routes = {(place.method, place.route) for place in tried}
     assert routes == {(method, route) for route, methods in document["paths"].items() for method in methods}
-    for place in tried:
+    for number, place in enumerate(tried):
         rows = counted(owner)
-        for name, text in STRINGS.items():
+        for name, text in list(STRINGS.items())[number % SHARE :: SHARE]:
             request = asked(client, document, place, text)
             if request is None:
                 continue
             response = await client.send(request)
             answered[response.status_code] += 1
-            if found := await fault(client, response, place, text):
+            if found := await fault(client, document, response, place, text):
                 faults.append(f"{found}: {place}, {name}: {response.status_code} {response.text[:300]}")
         if (place.method == "get" or (place.method, place.route) in READS) and counted(owner) != rows:
             faults.append(f"rows changed by reading: {place}")

@@ -138,7 +138,7 @@ def test_settings_may_be_printed():
     try:
         failing(shown)
     except ValueError as error:
-        trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+        trace = traceback.TracebackException(ValueError, error, error.__traceback__.tb_next, capture_locals=True)
     assert_unmarked(repr(shown), str(shown), f"{shown}", pretty_repr(shown), "".join(trace.format()))
     assert "database_url=" in repr(shown)
 

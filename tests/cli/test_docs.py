@@ -34,7 +34,7 @@ VARIES = re.compile(
 )
 PATTERNS = {"moment": r"\S+?Z", "took": r"[\d.]+(?: ms)?", "number": r"(-?\d+\.\d+)", "left_out": r"(?s:.*?)"}
 PROGRESS = re.compile(
-    r"^(?:(?:ingest|compare) \d+ documents|search for \d+ queries|search with other settings|search as served and exactly"
+    r"^(?:(?:ingest|compare) \d+ documents?|search for \d+ queries|search with other settings|search as served and exactly"
     r"|embed with \S+|building \S+|indexes|compare|sources follow) .*\n",
     re.MULTILINE,
 )

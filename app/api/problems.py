@@ -94,10 +94,15 @@ def _found(error: HTTPException) -> list[errors.BadInput]:
         return [errors.BadInput(missing[1], "is missing; it is required")]
     listed = error.extra if isinstance(error.extra, list) else []
     return [
-        errors.BadInput(_NAMES.get(each.get("key", ""), each.get("key", "")), faults.worded(each["message"]))
+        errors.BadInput(_named(each), faults.worded(each["message"]))
         for each in listed
         if isinstance(each, dict) and "message" in each
     ] or [errors.BadInput("", error.detail)]
+
+
+def _named(fault: Mapping[str, Any]) -> str:
+    key: str = fault.get("key", "")
+    return _NAMES.get(key, key)
 
 
 def described(error: Exception) -> "Problem":

@@ -203,13 +203,9 @@ async def fault(
     if response.status_code >= 500:
         return "a 5xx"
     if response.status_code >= 400:
-        if (
-            response.status_code in ELSEWHERE
-            or (response.status_code, place.part) == (405, "path")
-            or named(response, place)
-        ):
-            return None
-        return "refused without a name"
+        unread = place.path[0] in HEADERS or (place.part == "path" and not text)  # not what is wrong, or another route
+        well = unread or response.status_code in ELSEWHERE or named(response, place)
+        return None if well else "refused without a name"
     if place.part == "line":
         line = json.loads(response.text.split("\n")[0])
         if line.get("error", {}).get("status", 0) >= 500:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import psycopg
+from msgspec import structs
 from sqlalchemy import Engine, Select, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -109,6 +110,7 @@ class Database:
         """`url` is a libpq URL. Nothing connects before the first use."""
         self._timeout_ms = str(int(settings.statement_timeout * 1000))
         self._primary = Pool(url, settings)
+        self._apart = Pool(url, structs.replace(settings, pool_size=1))
         read_url = settings.database_read_url
         self._replica = Pool(read_url, settings) if read_url else self._primary
         self.replica = Replica(self._written, self._replayed, settings.replica_lag) if read_url else None
@@ -118,6 +120,7 @@ class Database:
         if self.replica is not None:
             await self.replica.close()
             await self._replica.close()
+        await self._apart.close()
         await self._primary.close()
 
     @asynccontextmanager
@@ -193,9 +196,11 @@ class Database:
         """Rows that belong to no tenant: the schema's revision and the embedding model.
 
         `as_login`: without dropping the login's rights, for looking at what they are. `config`: settings besides.
+
+        Over a connection of its own: whether this process is ready is told while all others are in use.
         """
         config = dict(config or {}) | ({"statement_timeout": self._timeout_ms} if as_login else self._public)
-        pool = self._replica if replica else self._primary
+        pool = self._replica if replica else self._apart
         (rows,) = await _run(pool, config, [statement])
         return rows
 

@@ -34,7 +34,7 @@ from app import (
     terminal,
 )
 from app.conditions import Conditions
-from app.database import Database, connect
+from app.database import Database, across, connect
 from app.embedding import Embedder
 from app.errors import BadInput, SetupError, WrongSetting
 from app.model import Model
@@ -232,8 +232,8 @@ async def _ask(arguments: Namespace, config: Settings) -> Any:
 def show_answer(question: str, answer: Any) -> None:
     """The answer and the sources it cites."""
     terminal.out.print()
-    terminal.out.print(question, markup=False, style="bold")
-    terminal.out.print(answer.answer, markup=False)
+    terminal.out.print(terminal.visible(question), markup=False, style="bold")
+    terminal.out.print(terminal.visible(answer.answer), markup=False)
     terminal.table(
         f"sources ({answer.model} answered; cited are {', '.join(map(str, answer.cited)) or 'none'})",
         [("source", "right"), ("score", "right"), ("document", "left"), ("snippet", "left")],
@@ -359,8 +359,7 @@ async def _status(config: Settings) -> dict[str, Any]:
 
 def stored(config: Settings) -> list[dict[str, Any]]:
     """How much each tenant has: the rows of STATUS."""
-    with connect(config.database_url or "") as connection, connection.transaction():
-        connection.execute("select set_config('role', %s, true)", (roles.WORKER,))
+    with across(config.database_url or "") as connection:
         return connection.cursor(row_factory=dict_row).execute(STATUS).fetchall()
 
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import psycopg
+from msgspec import structs
 from sqlalchemy import Engine, Select, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -61,7 +62,7 @@ select case when pg_is_in_recovery() then pg_wal_lsn_diff(pg_last_wal_replay_lsn
 
 
 def connect(url: str) -> psycopg.Connection[Any]:
-    """One connection, not pooled, for commands that are no part of the service.
+    """One connection, not pooled, for commands that are no part of the service. Its settings stay: not through a pooler.
 
     Raises DatabaseUnavailable without the driver's words where the server cannot be reached.
     """
@@ -69,6 +70,21 @@ def connect(url: str) -> psycopg.Connection[Any]:
         connection = psycopg.connect(url, autocommit=True, connect_timeout=10)
         connection.execute("set lock_timeout = '4s'")
         return connection
+
+
+@contextmanager
+def across(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A transaction that sees the state of every tenant's documents and no texts, for commands.
+
+    `url` is the service's; nothing is left on the session, which a pooler may give to others.
+    """
+    with translated(), psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        connection.prepare_threshold = None
+        with connection.transaction():
+            settings = {"role": roles.WORKER, "lock_timeout": "4s"}
+            for name, value in settings.items():
+                connection.execute("select set_config(%s, %s, true)", (name, value))
+            yield connection
 
 
 def sync_engine(url: str) -> Engine:
@@ -94,6 +110,7 @@ class Database:
         """`url` is a libpq URL. Nothing connects before the first use."""
         self._timeout_ms = str(int(settings.statement_timeout * 1000))
         self._primary = Pool(url, settings)
+        self._apart = Pool(url, structs.replace(settings, pool_size=1))
         read_url = settings.database_read_url
         self._replica = Pool(read_url, settings) if read_url else self._primary
         self.replica = Replica(self._written, self._replayed, settings.replica_lag) if read_url else None
@@ -103,6 +120,7 @@ class Database:
         if self.replica is not None:
             await self.replica.close()
             await self._replica.close()
+        await self._apart.close()
         await self._primary.close()
 
     @asynccontextmanager
@@ -178,9 +196,11 @@ class Database:
         """Rows that belong to no tenant: the schema's revision and the embedding model.
 
         `as_login`: without dropping the login's rights, for looking at what they are. `config`: settings besides.
+
+        Over a connection of its own: whether this process is ready is told while all others are in use.
         """
         config = dict(config or {}) | ({"statement_timeout": self._timeout_ms} if as_login else self._public)
-        pool = self._replica if replica else self._primary
+        pool = self._replica if replica else self._apart
         (rows,) = await _run(pool, config, [statement])
         return rows
 

@@ -44,7 +44,9 @@ class Ready(Struct):
     operation_id="live",
     summary="Is the process alive?",
     tags=["health"],
-    responses={200: ResponseSpec(Live, description="Alive", examples=[Example("alive", value=Live())])},
+    operation_class=operations.Described,
+    responses=problems.documented(always=problems.BARE)
+    | {200: ResponseSpec(Live, description="Alive", examples=[Example("alive", value=Live())])},
 )
 async def live() -> Live:
     """200 as long as the process can answer at all."""

@@ -53,13 +53,17 @@ class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults
 
 
 class RagResponse(Struct):
-    """An answer. Every [Source N] in it is one of `sources`; `cited` lists those it uses."""
+    """An answer. Every [Source N] in it is one of `sources`; `cited` lists those it uses.
+
+    `miscited`: numbers that the model cited although there is no such source, taken out of the answer.
+    """
 
     answer: str
     sources: list[Source]
     cited: list[int]
     model: str
     usage: Usage | None
+    miscited: list[int]
 
 
 _ASKED = RagRequest(tenant_id="acme", question="How do I reset my password?", doc_type="faq")
@@ -70,6 +74,7 @@ _ANSWER = RagResponse(
     cited=[1],
     model="gpt-4o-mini",
     usage=Usage(412, 11, 423),
+    miscited=[],
 )
 
 
@@ -125,7 +130,9 @@ async def answer_question(
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
     answer = await _attended(request, rag.answer(*parts, **options))
-    return Response(RagResponse(answer.answer, answer.sources, answer.cited, answer.model, answer.usage))
+    return Response(
+        RagResponse(answer.answer, answer.sources, answer.cited, answer.model, answer.usage, answer.miscited)
+    )
 
 
 async def _attended(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:

@@ -28,7 +28,7 @@ import numpy as np
 from bench import served
 from tests.openai_server import OpenAIServer
 
-SECONDS = 20
+SECONDS = 12
 TENANT = "bench"
 QUESTION = {"tenant_id": TENANT, "query": "Which animals swim in rivers?", "top_k": 3}
 DRIP = 0.5
@@ -235,7 +235,7 @@ def main(count: int) -> None:
                 found = pool.submit(searching, started.address, SECONDS).result()
                 _, peak = memory.read()
                 crowded = (crowd.open, crowd.hung_up, crowd.statuses) if crowd else (0, 0, {})
-            time.sleep(12)  # within PGRECALL_BODY_TIMEOUT all that is left over is
+            time.sleep(11)  # within PGRECALL_BODY_TIMEOUT all that is left over is
             after, _ = memory.read()
             p50, p95, most = (1_000 * value for value in np.percentile(found.seconds, [50, 95, 100]))
             statuses = " ".join(f"{status.decode()}:{n}" for status, n in sorted(crowded[2].items()))

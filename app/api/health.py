@@ -57,10 +57,10 @@ async def live() -> Live:
     summary="Can it serve?",
     tags=["health"],
     operation_class=operations.Described,
-    responses=problems.documented()
+    responses=problems.documented(keyed=False)
     | {
         200: ResponseSpec(
-            Ready, description="Ready", examples=[Example("ready", value=Ready("0007", "all-MiniLM-L6-v2-int8", 384))]
+            Ready, description="Ready", examples=[Example("ready", value=Ready("0008", "all-MiniLM-L6-v2-int8", 384))]
         )
     },
 )

@@ -24,6 +24,8 @@ CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "uvicorn", "alem
 """Libraries whose info records repeat what we say ourselves."""
 
 _ACCEPTED = re.compile(r"[\x21-\x7e]{1,128}")
+_KEY = re.compile(r"(pgr_[a-z0-9]{8}_)[A-Za-z0-9]{32}")
+"""A key of the API; its prefix is no secret."""
 _DETAIL = re.compile(r"DETAIL: .*?(?=\n(?:HINT|CONTEXT|QUERY|\[SQL|\(Background|\n|Traceback| *File)|\Z)", re.DOTALL)
 """What PostgreSQL adds to an error: often the row at fault, with the text of a document in it."""
 _PLAIN = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
@@ -71,6 +73,7 @@ class Lines(logging.Formatter):
         trace = _DETAIL.sub("DETAIL: left out", self.formatException(record.exc_info)) if record.exc_info else ""
         for secret in self._secrets:
             message, trace = message.replace(secret, BLOT), trace.replace(secret, BLOT)
+        message, trace = (_KEY.sub(rf"\g<1>{BLOT}", text) for text in (message, trace))
         fields = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),

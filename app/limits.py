@@ -12,9 +12,10 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from app.database import Database
 from app.errors import LimitReached, PgrecallError
@@ -49,7 +50,7 @@ TAKE_TOKENS = "select granted, ends_in from take_tokens(%(wanted)s)"
 
 ROWS = """
 select coalesce((select sum(chunks) from collection_statistics where tenant_id = %(tenant_id)s), 0)::bigint
-       + (select count(*) from (select from tenant_sources where state = 'pending' limit %(max_rows)s) some) as rows
+       + (select count(*) from (select from tenant_sources where state = 'pending' limit %(max_rows)s) waiting) as rows
 """
 """Chunks of a tenant, and documents that will become some; these are counted up to the limit only."""
 
@@ -129,16 +130,16 @@ class Limits:
         if len(self._used) >= MOST:
             self._used.clear()
         self._used[caller.prefix] = now
-        self._beside(self._write_down(caller))
+        self._beside(partial(self._write_down, caller))
 
     async def _write_down(self, caller: Caller) -> None:
         values = {"prefix": caller.prefix, "digest": caller.digest, "wanted": 0}
         await self.database.fetch_public(Statement("use key", USE_KEY, values))
 
-    def _beside(self, work: "asyncio._CoroutineLike[None]") -> asyncio.Task[None]:
+    def _beside(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         async def done() -> None:
             try:
-                await work
+                await work()
             except PgrecallError as error:
                 log.warning("the use of a key was not written down: %s", error)
 
@@ -158,12 +159,12 @@ class Limits:
                 raise LimitReached(f"{limit:,} streams at once are what this key may have open")
             held.count += 1
             if held.renewing is None:
-                held.renewing = self._beside(self._renew(caller, held))
+                held.renewing = self._beside(partial(self._renew, caller, held))
         return lambda: self._ended(caller, held)
 
     def _ended(self, caller: Caller, held: _Open) -> None:
         held.count -= 1
-        self._beside(self._tell(caller, held))
+        self._beside(partial(self._tell, caller, held))
 
     async def _tell(self, caller: Caller, held: _Open) -> None:
         async with held.turn:

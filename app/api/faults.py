@@ -20,7 +20,7 @@ _LOOKED_THROUGH = 1_000_000
 """Bytes of a body up to which a lone surrogate is looked for: 16 MB of numbers would take two seconds."""
 _HALF = re.compile("[\ud800-\udfff]")
 """Of a surrogate pair. JSON can spell one half alone; UTF-8 and PostgreSQL cannot."""
-_STEP = re.compile(r"\[|[^.\[\]]+")
+_STEP = re.compile(r"\[\d*|[^.\[\]]+")
 _MOMENT = "an ISO 8601 moment with time zone, such as 2026-01-31T12:00:00Z"
 _WORDS = {
     "array": "a list",
@@ -133,7 +133,7 @@ def _inner(info: Any, step: str) -> Iterator[Any]:
             for field in fields:
                 if field.name == step:
                     yield from _types(field.type)
-        case inspect.ListType(item_type=item) if step == "[":
+        case inspect.ListType(item_type=item) if step.startswith("["):
             yield from _types(item)
 
 

@@ -344,7 +344,7 @@ def upgrade() -> None:
         _execute(definition)
         # Whoever may create objects somewhere else must not slip them in: the path is this schema and nothing before it.
         _execute(f"""do $$ begin
-    execute format('alter function {signature} set search_path = pg_catalog, %I, pg_temp', current_schema());
+    execute 'alter function {signature} set search_path = pg_catalog, ' || quote_ident(current_schema()) || ', pg_temp';
 end $$""")
         _execute(f"revoke all on function {signature} from public")
         if signature not in INTERNAL:

@@ -35,7 +35,7 @@ async def test_nobody_administers_without_an_admin_key_not_even_in_open_mode(set
 async def test_a_tenants_life(settings, owner):
     admin = make(owner, "admin", tenant=None)
     async with served(settings) as client:
-        client.headers |= admin
+        client.headers.update(admin)
         made = await client.post("/admin/tenants", json={"tenant_id": "acme", "max_rows": 5})
         assert (made.status_code, made.json()["max_rows"], made.json()["chunks"]) == (201, 5, 0)
         again = await client.post("/admin/tenants", json={"tenant_id": "acme", "tokens_per_day": 900})
@@ -88,7 +88,7 @@ async def test_an_admin_key_of_a_tenant_is_confined_to_it(settings, owner):
     mine = make(owner, "admin", expires_at=soon, requests_per_minute=500, concurrent_streams=2)
     theirs = make(owner, "read", tenant="umbra")
     async with served(settings) as client:
-        client.headers |= mine
+        client.headers.update(mine)
         assert [each["tenant_id"] for each in (await client.get("/admin/tenants")).json()["tenants"]] == ["acme"]
         assert {each["tenant_id"] for each in (await client.get("/admin/keys")).json()["keys"]} == {"acme"}
         for given in ({"tenant_id": "umbra", "scopes": ["read"]}, {"tenant_id": "nowhere", "scopes": ["read"]}):
@@ -118,7 +118,7 @@ async def test_an_admin_key_of_a_tenant_is_confined_to_it(settings, owner):
     [
         ({"tenant_id": "acme", "scopes": []}, 400, "one or more of read, write, admin"),
         ({"tenant_id": "acme", "scopes": ["read", "read"]}, 400, "names one twice"),
-        ({"tenant_id": "acme", "scopes": ["all"]}, 400, "'read', 'write', 'admin'"),
+        ({"tenant_id": "acme", "scopes": ["all"]}, 400, "'admin', 'read', 'write'"),
         ({"scopes": ["read"]}, 400, "tenant_id: is missing"),
         ({"scopes": ["admin", "read"]}, 400, "tenant_id: is missing"),
         ({"tenant_id": "a b", "scopes": ["read"]}, 400, "1 to 128 letters"),
@@ -164,7 +164,7 @@ async def test_rows_of_a_tenant_have_an_end(settings, owner):
     key = make(owner, "read", "write")
     owner.execute("update tenants set max_rows = 2")
     async with served(settings, key_cache=0.0) as client:
-        client.headers |= key
+        client.headers.update(key)
         for name in ("a", "b"):
             assert (await client.put(f"/documents/{name}", json={"content": f"text {name}"})).status_code == 201
         refused = await client.put("/documents/c", json={"content": "text c"})
@@ -204,7 +204,7 @@ async def test_tokens_of_a_tenant_end_for_puts_and_answers_alike(settings, owner
     key = make(owner, "read", "write")
     owner.execute("update tenants set tokens_per_day = 40")
     async with served(settings) as client:
-        client.headers |= key
+        client.headers.update(key)
         assert (await client.put("/documents/a", json={"content": "words " * 60})).status_code == 201
         refused = await client.put("/documents/b", json={"content": "text"})
         assert "40 tokens a day" in assert_problem(refused, 429)["detail"]

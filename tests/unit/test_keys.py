@@ -38,5 +38,5 @@ def test_the_token_of_a_request(headers, found):
 
 
 def test_the_scopes_are_those_of_the_table():
-    (rule,) = [each for each in tables.api_keys.constraints if each.name == "scopes"]
+    (rule,) = [each for each in tables.api_keys.constraints if each.name == "api_keys_scopes_check"]
     assert set(re.findall(r"'(\w+)'", str(rule.sqltext))) == set(keys.SCOPES)

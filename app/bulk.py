@@ -66,7 +66,7 @@ async def create(connection: AsyncConnection, tenant_id: str, rows: Sequence[Map
 
 async def add_chunks(connection: AsyncConnection, tenant_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert rows of `documents`, all of this tenant."""
-    element = await _vector_type(connection)
+    element = await vector_type(connection)
     for start in range(0, len(rows), AT_ONCE):
         some = rows[start : start + AT_ONCE]
         columns = ("id", "chunk_key", "doc_type", "content")
@@ -85,7 +85,7 @@ def _check(values: Mapping[str, Any], row: Mapping[str, Any]) -> None:
         raise TypeError(f"columns {sorted(values.keys() ^ row.keys())} are only in the statement, or only in the rows")
 
 
-async def _vector_type(connection: AsyncConnection) -> int:
+async def vector_type(connection: AsyncConnection) -> int:
     """The number of pgvector's type, which the pool has registered on the driver's connection."""
     driver = (await connection.get_raw_connection()).driver_connection
     info = driver.adapters.types.get("vector") if driver is not None else None

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import ARRAY, LargeBinary, bindparam, func, select, text
 
+from app import bulk, packing
 from app.database import Database
 from app.errors import PgrecallError
 from app.statements import rendered
@@ -177,9 +178,10 @@ class Keeper:
         digests, vectors, released = list(self._fresh), list(self._fresh.values()), list(release)
         if not digests and not released:
             return
-        values = {**self._space._asdict(), "digests": digests, "vectors": vectors}
         async with self._database.write(self._space.tenant_id) as connection:
             if digests:
+                packed = packing.vectors(vectors, await bulk.vector_type(connection))
+                values = {**self._space._asdict(), "digests": packing.blobs(digests), "vectors": packed}
                 await connection.execute(text(KEEP), values)
             await connection.execute(text(RELEASE), self._values(released))
         self.kept += len(digests)

@@ -13,7 +13,7 @@ from app.errors import BudgetSpent, PgrecallError, SetupError
 from app.meter import Meter
 from app.remote import OpenAIEmbedder
 from app.settings import LOCAL_DIMENSIONS, LOCAL_MODEL, Settings
-from app.tokens import VOCABULARY
+from app.tokens import VOCABULARY, WordCounts
 
 LOCAL_MAX_TOKENS = 254
 LOCAL_BATCH = 8
@@ -96,6 +96,7 @@ class LocalEmbedder:
         self._tokenizer = Tokenizer(models.WordPiece.from_file(str(VOCABULARY), unk_token="[UNK]"))  # noqa: S106
         self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._count = WordCounts(self._sizes)
         options = onnxruntime.SessionOptions()
         # Threads that spin for work cost two fifths of the throughput where others (PostgreSQL) want the cores too.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -105,7 +106,7 @@ class LocalEmbedder:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count exactly."""
-        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return self._count(texts)
 
     async def embed(self, texts: Sequence[str], kind: Kind) -> Vectors:
         """As in `Embedder`; longer texts are cut after 254 tokens. Works in a thread, so the event loop stays free."""
@@ -155,6 +156,9 @@ class LocalEmbedder:
 
     async def aclose(self) -> None:
         """Nothing is open."""
+
+    def _sizes(self, texts: list[str]) -> list[int]:
+        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

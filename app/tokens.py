@@ -1,9 +1,10 @@
-"""How many tokens OpenAI's embedding models make of a text, estimated without their vocabulary."""
+"""How many tokens a text has: OpenAI's estimated without their vocabulary, a local tokenizer's counted word by word."""
 
 import functools
 import math
 import re
 import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 VOCABULARY = Path(__file__).parent / "minilm" / "vocab.txt"
@@ -55,3 +56,34 @@ _JOINED = (
 @functools.cache
 def _english() -> frozenset[str]:
     return frozenset(word for word in VOCABULARY.read_text("utf-8").split() if word.isascii() and word.isalpha())
+
+
+class WordCounts:
+    """Counts tokens word by word, each word counted once: for tokenizers that let no token reach over a space.
+
+    Cutting a text into chunks counts each sentence some three times; words come back far more often. The model's own
+    tokenizer takes 0.3 ms for 500 characters, a look at words that are known a twentieth of that.
+    """
+
+    # Only what is white space to BERT's normalizer too: it takes other controls out and so joins what stands beside them.
+    _WORD = re.compile(r"[^ \t\n\r]+")
+    _MOST, _LONGEST = 100_000, 40
+
+    def __init__(self, count: Callable[[list[str]], list[int]]) -> None:
+        self._count = count
+        self._known: dict[str, int] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text."""
+        split = [self._WORD.findall(text) for text in texts]
+        # Threads share what is known: an entry that is there stays right, and the dict is replaced, never emptied.
+        known = self._known
+        unknown = list({word for words in split for word in words if word not in known})
+        fresh = dict(zip(unknown, self._count(unknown), strict=True)) if unknown else {}
+        counts = [sum([known[word] if word in known else fresh[word] for word in words]) for words in split]
+        short = {word: size for word, size in fresh.items() if len(word) <= self._LONGEST}
+        if len(known) + len(short) > self._MOST:
+            self._known = short
+        else:
+            known.update(short)
+        return counts

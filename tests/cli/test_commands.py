@@ -211,7 +211,7 @@ def test_every_command_has_help_with_examples(capsys):
     (several,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     assert set(several.choices) == {
         "serve", "demo", "migrate", "roles", "index", "ingest", "search", "ask", "evaluate", "settings", "status",
-        "worker", "queue", "retry", "model", "erase",
+        "worker", "queue", "retry", "model", "erase", "tenant", "key",
     }  # fmt: skip
     for name in several.choices:
         with pytest.raises(SystemExit):

@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
+PIP_AUDIT := 2.10.1
 
-.PHONY: help install demo serve test test-long lint format clean
+.PHONY: help install demo serve test test-long lint audit isolation format clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +31,13 @@ lint: .venv/installed-dev ## ruff, mypy, import-linter, alembic check
 	$(BIN)/lint-imports
 	@data=$$(mktemp -d) && trap 'rm -rf "$$data"' EXIT && export PGRECALL_DATA_DIR="$$data/pg" && \
 	  $(BIN)/pgrecall migrate && $(BIN)/alembic check
+
+audit: .venv/python ## ask PyPI whether a package of constraints.txt has a known vulnerability (needs the network)
+	@[ -x .venv/audit/bin/pip-audit ] || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip --quiet --disable-pip-version-check install pip-audit==$(PIP_AUDIT); }
+	@.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+isolation: .venv/installed ## write down what keeps tenants apart, after a new migration (app/isolation.json)
+	@data=$$(mktemp -d) && trap 'rm -rf "$$data"' EXIT && PGRECALL_DATA_DIR="$$data/pg" $(BIN)/python migrations/isolation.py
 
 format: .venv/installed-dev ## ruff format and the fixes it is sure of
 	$(BIN)/ruff check --fix

@@ -1,8 +1,10 @@
 """The command line: arguments in, exit status out."""
 
+import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 if os.getpid() == 1:
     # The first process of a container ignores what it does not handle, and the imports below take a second or two.
@@ -15,23 +17,27 @@ from app import settings, telemetry, terminal
 from app.arguments import Command, parser
 from app.errors import DatabaseUnavailable, PgrecallError
 
+log = logging.getLogger("app")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. 0 done, 1 done in part, 2 refused, 3 migrations pending (`migrate --check`), 130 interrupted."""
     asked = parser().parse_args(arguments)
+    refuse: Callable[[str], object] = terminal.say
     # SIGTERM ends like Ctrl-C does: the embedded database is stopped, not left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = settings.read()
         telemetry.set_up(config)
+        refuse = log.error if config.log_format == "json" else terminal.say
         run: Command = asked.run
         return run(asked, config)
     except PgrecallError as error:
         cause = str(error.__cause__ or "").strip().splitlines() if isinstance(error, DatabaseUnavailable) else []
-        terminal.say(f"pgrecall: {error}" + (f" ({cause[-1].strip()})" if cause else ""))
+        refuse(f"pgrecall: {error}" + (f" ({cause[-1].strip()})" if cause else ""))
         return 2
     except (psycopg.Error, SQLAlchemyError) as error:
-        terminal.say(f"pgrecall: the database refused: {str(error).strip().splitlines()[0]}")
+        refuse(f"pgrecall: the database refused: {str(error).strip().splitlines()[0]}")
         return 2
     except KeyboardInterrupt:
         terminal.say("interrupted")

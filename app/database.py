@@ -181,13 +181,18 @@ class Database:
         return await _run(self._primary, config, statements)
 
     async def fetch_public(
-        self, statement: Statement, *, as_login: bool = False, replica: bool = False
+        self,
+        statement: Statement,
+        *,
+        as_login: bool = False,
+        replica: bool = False,
+        config: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
         """Rows that belong to no tenant: the schema's revision and the embedding model.
 
-        `as_login`: without dropping the login's rights, for looking at what they are.
+        `as_login`: without dropping the login's rights, for looking at what they are. `config`: settings besides.
         """
-        config = {"statement_timeout": self._timeout_ms} if as_login else self._public
+        config = dict(config or {}) | ({"statement_timeout": self._timeout_ms} if as_login else self._public)
         pool = self._replica if replica else self._primary
         (rows,) = await _run(pool, config, [statement])
         return rows

@@ -26,8 +26,7 @@ def erase(arguments: Namespace, config: Settings) -> int:
         )
         return 0 if erased.complete and refused is None else 1
     terminal.table(
-        f"{'document ' + erased.id + ' of ' if erased.id else ''}tenant {erased.tenant_id}: "
-        + ("erased, nothing of it can be read any more" if erased.complete else "NOT ALL IS GONE"),
+        f"{'document ' + erased.id + ' of ' if erased.id else ''}tenant {erased.tenant_id}: " + _outcome(erased),
         [("table", "left"), ("rows removed", "right"), ("still readable", "right")],
         [(name, f"{count:,}", erased.readable.get(name, 0)) for name, count in erased.removed.items()],
     )
@@ -43,6 +42,14 @@ def erase(arguments: Namespace, config: Settings) -> int:
         [tuple(each) for each in (remains[1:] if vacuumed is not None else remains)],
     )
     return 0 if erased.complete and refused is None else 1
+
+
+def _outcome(erased: Erased) -> str:
+    if not erased.complete:
+        return "NOT ALL IS GONE"
+    if not any(erased.removed.values()):
+        return "there was nothing to erase"
+    return "erased, nothing of it can be read any more"
 
 
 def _vacuum(config: Settings) -> tuple[float | None, str | None]:
@@ -66,8 +73,12 @@ async def _erase(arguments: Namespace, config: Settings) -> Erased:
 def confirm(tenant_id: str, count: int) -> None:
     """Raise BadInput unless somebody types the tenant's name."""
     if not sys.stdin.isatty():
-        raise BadInput("--yes", f"is missing: {count:,} documents of tenant {tenant_id} would be erased for good")
-    terminal.say(f"{count:,} documents of tenant {tenant_id} and all that came of them will be gone for good.")
+        raise BadInput(
+            "--yes", f"is missing: {terminal.counted(count, 'document')} of tenant {tenant_id} would be erased for good"
+        )
+    terminal.say(
+        f"{terminal.counted(count, 'document')} of tenant {tenant_id} and all that came of them will be gone for good."
+    )
     terminal.say("Type the tenant's name to erase:")
     if input().strip() != tenant_id:
         raise BadInput("--tenant", "that was another name; nothing was erased")

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -70,6 +71,12 @@ class Reading:
     mapped: Mapped = field(default_factory=Mapped)
 
 
+class Other(NamedTuple):
+    """A file of a kind that is not read, by the ending of its name."""
+
+    ending: str
+
+
 def check(given: Sequence[Path], reading: Reading) -> None:
     """Raise BadInput for a path that does not exist or is a file of another kind."""
     for path in given:
@@ -87,16 +94,16 @@ def check(given: Sequence[Path], reading: Reading) -> None:
         raise BadInput("-", "is given twice")
 
 
-def walk(given: Sequence[Path], reading: Reading) -> Iterator[File | Unreadable]:
+def walk(given: Sequence[Path], reading: Reading) -> Iterator[File | Unreadable | Other]:
     """Every file to read: its id is its path below the folder it was found in, else its name.
 
     Files and folders whose name begins with a dot are left out, and so are symbolic links to folders, which may go round
-    in circles. A file whose id an earlier path has given away comes as Unreadable.
+    in circles. A file whose id an earlier path has given away comes as Unreadable, one of a kind that is not read as Other.
     """
     for position, path in enumerate(given):
         found = _below(path, reading) if path.is_dir() else [path]
         for each in found:
-            if isinstance(each, Unreadable):
+            if isinstance(each, Unreadable | Other):
                 yield each
                 continue
             identity = each.relative_to(path).as_posix() if each != path else path.name
@@ -114,8 +121,8 @@ def _names(given: Path, identity: str, reading: Reading) -> bool:
     return (given / identity).is_file() and _read(Path(identity).name, reading)
 
 
-def _below(folder: Path, reading: Reading) -> Iterator[Path | Unreadable]:
-    """The readable files in a folder and below, in the order of their names."""
+def _below(folder: Path, reading: Reading) -> Iterator[Path | Unreadable | Other]:
+    """The files in a folder and below, in the order of their names."""
     try:
         with os.scandir(folder) as entries:
             names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
@@ -128,8 +135,8 @@ def _below(folder: Path, reading: Reading) -> Iterator[Path | Unreadable]:
         path = folder / name
         if is_folder:
             yield from _below(path, reading)
-        elif _read(name, reading) and path.is_file():
-            yield path
+        elif path.is_file():
+            yield path if _read(name, reading) else Other(os.path.splitext(name)[1].lower())  # noqa: PTH122  as in _read
 
 
 def _read(name: str, reading: Reading) -> bool:
@@ -153,11 +160,20 @@ def total(given: Sequence[Path], reading: Reading) -> int | None:
 def drafts(given: Sequence[Path], reading: Reading) -> Iterator[Step]:
     """A draft for each file of one document and for each record of the others, in the order of the files."""
     read: set[int] = set()
+    others: Counter[str] = Counter()
     for found in walk(given, reading):
         if isinstance(found, Unreadable):
             yield Step(found, 0)
+        elif isinstance(found, Other):
+            others[found.ending or "no ending"] += 1
         else:
             yield from _steps(found, reading, read)
+    if others:
+        told = ", ".join(f"{ending} {count:,}" for ending, count in others.most_common(5))
+        more = ", …" if len(others) > 5 else ""
+        folders = ", ".join(str(path) for path in given if path.is_dir())
+        note = f"also: {others.total():,} files of kinds that are not read ({told}{more}); --format reads every file as one kind"
+        yield Step(Noted(folders, note), 0)
 
 
 def _steps(file: File, reading: Reading, read: set[int]) -> Iterator[Step]:

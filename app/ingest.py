@@ -200,7 +200,7 @@ def _bar(verb: str, counts: Counts, total: Callable[[], int | None]) -> Iterator
     """A bar of bytes read and stored; how many there are in all is found out meanwhile."""
 
     def shown() -> str:
-        return f"{verb} {counts.documents} documents"
+        return f"{verb} {terminal.counted(counts.documents, 'document')}"
 
     with terminal.transfer() as bar:
         task = bar.add_task(shown(), total=None)
@@ -216,7 +216,10 @@ def _show(arguments: Namespace, report: Report) -> None:
     if arguments.json:
         terminal.json(_record(report))
     elif report.cost is None:
-        terminal.say(summary(counts) + (f"; {report.deleted:,} documents deleted" if arguments.delete_missing else ""))
+        terminal.say(
+            summary(counts)
+            + (f"; {terminal.counted(report.deleted, 'document')} deleted" if arguments.delete_missing else "")
+        )
         terminal.say(_counters(report))
     else:
         terminal.say(_forecast(report, report.cost))
@@ -228,13 +231,14 @@ def _show(arguments: Namespace, report: Report) -> None:
 
 def _counters(report: Report) -> str:
     """What it took."""
-    meter, counts = report.meter, report.counts
+    meter, counts, counted = report.meter, report.counts, terminal.counted
     cost = meter.cost(report.price)
     parts = [
-        f"{counts.documents:,} documents, {counts.bytes / 1e6:,.1f} MB in {report.seconds:,.1f} s",
-        f"{meter.texts:,} texts of {meter.tokens:,} tokens embedded" + ("" if cost is None else f" for {cost:,.4f}"),
-        f"{meter.cache_hits:,} vectors from the cache",
-        f"{meter.deduplicated:,} texts that came twice",
+        f"{counted(counts.documents, 'document')}, {counts.bytes / 1e6:,.1f} MB in {report.seconds:,.1f} s",
+        f"{counted(meter.texts, 'text')} of {counted(meter.tokens, 'token')} embedded"
+        + ("" if cost is None else f" for {cost:,.4f}"),
+        f"{counted(meter.cache_hits, 'vector')} from the cache",
+        f"{counted(meter.deduplicated, 'text')} that came twice",
     ]
     if meter.retries:
         parts.append(f"{meter.retries:,} retries, {meter.rate_limited:,} of them asked for by the server")

@@ -8,12 +8,13 @@ from psycopg import sql
 
 APP = "pgrecall_app"
 WORKER = "pgrecall_worker"
+BACKUP = "pgrecall_backup"
 
 ROLES = {
     APP: "What the service becomes in each transaction: one tenant's rows, read through views, written under policies.",
     WORKER: "Claims pending documents of any tenant, then works as pgrecall_app.",
     "pgrecall_analyst": "Reads the tables under row-level security: the tenants listed in analyst_tenants.",
-    "pgrecall_backup": "Reads every row of every tenant, for pg_dump.",
+    BACKUP: "Reads every row of every tenant, for pg_dump.",
 }
 
 # Two sessions may run this at once: the loser of either race finds the work done.

@@ -14,10 +14,10 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, text
 
-from app import local, model, roles, spaces
+from app import isolation, local, model, spaces
 from app.database import Database, connect, translated
 from app.embedding import Embedder
-from app.errors import SchemaTooOld, SetupError, Unsafe
+from app.errors import SchemaTooOld, SetupError, Unavailable
 from app.model import Model
 from app.replica import Standing
 from app.settings import Settings
@@ -34,35 +34,6 @@ _INI = Path(__file__).resolve().parent.parent / "alembic.ini"
 
 REVISION = Statement("schema revision", "select version_num from pgrecall_revision", {})
 """Which revision the database is at."""
-
-PREFLIGHT = Statement(
-    "isolation preflight",
-    """
-with guarded as (
-    select c.oid, c.relowner, c.relrowsecurity from pg_class c
-     where c.oid in (to_regclass('sources'), to_regclass('documents'), to_regclass('embedding_cache'),
-                    to_regclass('embedding_claims'),
-                    to_regclass('document_terms'), to_regclass('term_statistics'), to_regclass('collection_statistics'))
-)
-select (select count(*) from guarded) as tables, current_user as login,
-       exists (select from guarded g, pg_roles w
-                where w.rolname = %(worker)s and pg_has_role(current_user, w.oid, 'usage')
-                  and not (select rolsuper from pg_roles where rolname = current_user)) as inherits,
-       coalesce((select pg_has_role(current_user, oid, 'member') from pg_roles where rolname = %(app)s), false) as member,
-       (select rolsuper or rolbypassrls from pg_roles where rolname = %(app)s) as bypasses,
-       (select bool_or(pg_has_role(r.oid, g.relowner, 'usage')) from guarded g, pg_roles r where r.rolname = %(app)s) as owns,
-       (select bool_and(relrowsecurity) from guarded) as secured,
-       (select count(distinct p.polrelid) from pg_policy p join guarded g on g.oid = p.polrelid
-          join pg_roles r on r.oid = any (p.polroles) where r.rolname = %(app)s) as policies,
-       (select quote_ident(n.nspname) from pg_extension e join pg_namespace n on n.oid = e.extnamespace, pg_roles r
-         where e.extname = 'vector' and r.rolname = %(app)s and not has_schema_privilege(r.oid, n.oid, 'usage')) as hidden
-""",
-    {"app": roles.APP, "worker": roles.WORKER},
-)
-"""Whether the role that every transaction drops to is confined to one tenant and finds pgvector. Reads catalogues only."""
-
-GUARDED = 7
-"""Tables the preflight looks at."""
 
 
 class Readiness(NamedTuple):
@@ -96,7 +67,7 @@ def provided(settings: Settings) -> Iterator[Settings]:
     try:
         ready = msgspec.structs.replace(settings, database_url=database.service_url, migration_url=database.owner_url)
         if not is_current(ready):
-            migrate(ready)
+            migrate(ready, quiet=True)
         with connect(database.owner_url) as connection:
             connection.execute(local.ADMIT_ANALYST, (local.ANALYST,))
         yield ready
@@ -142,21 +113,28 @@ def head(settings: Settings) -> str:
     return ScriptDirectory.from_config(config(settings)).get_current_head() or ""
 
 
-def config(settings: Settings) -> Config:
-    """Alembic's configuration, with the settings of this process handed to migrations/env.py."""
+def config(settings: Settings, *, quiet: bool = False) -> Config:
+    """Alembic's configuration, with the settings of this process handed to migrations/env.py. `quiet`: log at debug."""
     made = Config(_INI)
-    made.attributes["settings"] = settings
+    made.attributes |= {"settings": settings, "quiet": quiet}
     return made
 
 
-def migrate(settings: Settings, revision: str = "head") -> None:
+def migrate(settings: Settings, revision: str = "head", *, quiet: bool = False) -> None:
     """Bring the database to `revision`. Raises SetupError in the database's own words where it refuses."""
     try:
         with translated():
-            command.upgrade(config(settings), revision)
+            command.upgrade(config(settings, quiet=quiet), revision)
     except CommandError as error:
         raise SetupError(
             f"migration failed: {error}. A newer release has migrated this database, or another program"
+        ) from error
+    except Unavailable as error:
+        if type(error) is not Unavailable:
+            raise
+        raise SetupError(
+            "migration failed: a lock that it needs was not to be had, others hold it (look at pg_stat_activity). Nothing of "
+            "this step is changed but what it builds beside others; run it again"
         ) from error
     except psycopg.Error as error:
         hint = f". {error.diag.message_hint}" if error.diag.message_hint else ""
@@ -189,38 +167,32 @@ async def revision(database: Database, *, replica: bool = False) -> str:
     return str(found)
 
 
-async def preflight(database: Database, *, replica: bool = False) -> None:
-    """Raise Unsafe, naming the statement that mends it, where the service could reach another tenant's rows.
+async def preflight(database: Database, *, replica: bool = False) -> str:
+    """The revision of a database in which the service reaches one tenant at a time, as the migrations made it.
 
-    Raises SchemaTooOld where there are no tables yet, SetupError where the service may not use pgvector.
+    Raises Unsafe, naming the statement that mends it, where something differs; SchemaTooOld where the database is older
+    than this release needs, SetupError where the service may not use pgvector.
     """
-    (row,) = await database.fetch_public(PREFLIGHT, as_login=True, replica=replica)
-    if row["tables"] < GUARDED:
-        raise SchemaTooOld(f"the database lacks tables, this release needs revision {REQUIRED}: run `pgrecall migrate`")
-    if not row["member"]:
-        raise Unsafe(
-            f"the login {row['login']} may not become {roles.APP}: run "
-            f"`pgrecall roles --apply --login {row['login']} --url …` with an administrator's URL, or serve as another login"
-        )
-    if row["inherits"]:
-        raise Unsafe(
-            f"the login {row['login']} has the rights of {roles.WORKER} without asking for them: run "
-            f"`pgrecall roles --apply --login {row['login']} --url …` with an administrator's URL"
-        )
-    if row["bypasses"]:
-        raise Unsafe(f"{roles.APP} bypasses row-level security: ALTER ROLE {roles.APP} NOSUPERUSER NOBYPASSRLS")
-    if row["owns"]:
-        raise Unsafe(f"{roles.APP} has the rights of the tables' owner: REVOKE that role FROM {roles.APP}")
-    if not row["secured"] or row["policies"] < GUARDED:
-        raise Unsafe(
-            "row-level security is off on a table that holds tenants' rows, or a policy is missing: "
-            "ALTER TABLE … ENABLE ROW LEVEL SECURITY, and restore the policies of migrations/versions"
-        )
-    if row["hidden"]:
-        raise SetupError(
-            f"{roles.APP} may not use the schema {row['hidden']}, where pgvector is: "
-            f"GRANT USAGE ON SCHEMA {row['hidden']} TO {', '.join(roles.ROLES)}"
-        )
+    unlike: list[isolation.Fault] = []
+    for last in (False, True):  # a migration may have begun or ended in the middle of it: then look again
+        try:
+            (row,) = await database.fetch_public(
+                isolation.preflight(), as_login=True, replica=replica, config=isolation.CONFIG
+            )
+        except Unavailable as error:
+            if last or type(error) is not Unavailable:
+                raise
+            continue
+        if not any(each["name"] == "sources" for each in row["relations"] or ()):
+            raise SchemaTooOld(
+                f"the database has no tables, this release needs revision {REQUIRED}: run `pgrecall migrate`"
+            )
+        isolation.check_roles(row)
+        at = await revision(database, replica=replica)
+        unlike = isolation.faults(isolation.read(row, at))
+        if not unlike:
+            return at
+    raise isolation.refusal(unlike)
 
 
 async def check(database: Database, embedder: Embedder) -> Readiness:
@@ -230,8 +202,7 @@ async def check(database: Database, embedder: Embedder) -> Readiness:
     """
 
     async def look(*, replica: bool) -> tuple[str, Model]:
-        await preflight(database, replica=replica)
-        found = await revision(database, replica=replica)
+        found = await preflight(database, replica=replica)
         models = await model.every(database, replica=replica)
         model.check(models, embedder)
         if not replica:

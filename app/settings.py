@@ -104,6 +104,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     header_timeout: Annotated[float, Meta(gt=0, le=60)] = 10.0
     shutdown_timeout: Annotated[int, Meta(ge=1, le=1800)] = 30
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["lines", "json"] = "lines"
 
     @property
     def uses_openai(self) -> bool:

@@ -1,4 +1,4 @@
-"""One line per log record on stderr, with the id of the request it belongs to; secrets blotted out."""
+"""One line per log record on stderr, `name=value` or JSON, with the id of its request; secrets blotted out."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from litestar.datastructures import MutableScopeHeaders
@@ -34,7 +35,7 @@ _PLAIN = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
 def set_up(settings: Settings) -> None:
     """Log to stderr at the level of the settings; what was set up before is replaced."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Lines(secrets(settings)))
+    handler.setFormatter((Lines if settings.log_format == "lines" else Objects)(secrets(settings)))
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name in CHATTY:
@@ -57,8 +58,9 @@ def _secrets(settings: Settings) -> Iterator[str]:
 
 
 class Lines(logging.Formatter):
-    """`time=… level=… logger=… request_id=… message=…` and, for an exception, `trace=…`.
+    """`time=… level=… logger=… request_id=… message=…`, what a record says besides, and, for an exception, `trace=…`.
 
+    A record says more by `extra={"facts": {…}}`: values are texts, numbers, or how often something happened by its name.
     A value that is not plain stands as a JSON string in ASCII: a record is one line whatever it says.
     """
 
@@ -69,23 +71,41 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record as one line."""
-        message = record.getMessage()
+        shown = ((name, _text(value)) for name, value in self._fields(record).items())
+        return " ".join(f"{name}={value if _PLAIN.fullmatch(value) else json.dumps(value)}" for name, value in shown)
+
+    def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
         trace = _DETAIL.sub("DETAIL: left out", self.formatException(record.exc_info)) if record.exc_info else ""
-        for secret in self._secrets:
-            message, trace = message.replace(secret, BLOT), trace.replace(secret, BLOT)
-        message, trace = (_KEY.sub(rf"\g<1>{BLOT}", text) for text in (message, trace))
-        fields = {
+        return {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "request_id": request_id.get(),
-            "message": message,
+            "message": self._blotted(record.getMessage()),
+            **{name: self._blotted(value) for name, value in getattr(record, "facts", {}).items()},
+            **({"trace": self._blotted(trace)} if trace else {}),
         }
-        if trace:
-            fields["trace"] = trace
-        return " ".join(
-            f"{name}={value if _PLAIN.fullmatch(value) else json.dumps(value)}" for name, value in fields.items()
-        )
+
+    def _blotted(self, value: Any) -> Any:
+        if isinstance(value, str):
+            for secret in self._secrets:
+                value = value.replace(secret, BLOT)
+            value = _KEY.sub(rf"\g<1>{BLOT}", value)
+        return value
+
+
+class Objects(Lines):
+    """A JSON object a line, with the same names; numbers stay numbers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as one line."""
+        return json.dumps(self._fields(record))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    return str(value)
 
 
 class RequestId:

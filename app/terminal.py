@@ -37,6 +37,11 @@ def say(text: str) -> None:
     err.print(escape(text), soft_wrap=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> None:
     """A table; each column is (heading, `left` or `right`)."""
     made = Table(title=escape(title), title_justify="left", expand=False)

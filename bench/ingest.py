@@ -1,6 +1,6 @@
 """What getting documents in costs: rows beside a raw COPY, texts beside the embedder alone, again, over HTTP.
 
-    python -m bench.ingest [rows] [embedder] [again] [stream] [deferred] [--data-dir .bench] [--rounds 3]
+    python -m bench.ingest [rows] [embedder] [elsewhere] [again] [stream] [deferred] [--data-dir .bench] [--rounds 3]
 
 Each round of each variant fills an empty database of its own, variants one after the other in another order every round.
 Beside seconds stands the CPU of the server's processes and of this one: on a busy machine trust that, and ratios.
@@ -30,11 +30,11 @@ from psycopg import sql
 from app import chunking, deferral, embedded, files, loading, local, terminal
 from app.database import Database
 from app.drafts import Draft
-from app.embedding import LocalEmbedder
+from app.embedding import Embedder, LocalEmbedder, open_embedder
 from app.files import Reading, Step
 from app.loading import Counts
 from app.settings import Settings
-from bench import data, postgres, timing
+from bench import data, distant, postgres, timing
 from bench.data import Corpus
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -253,10 +253,15 @@ def model() -> LocalEmbedder:
 
 
 async def loaded(settings: Settings, steps: Any) -> Counts:
-    """What is stored of these."""
-    counts = Counts()
+    """What is stored of these, embedded by the local model."""
     embedder = model()
     embedder._turn = asyncio.Lock()  # noqa: SLF001  of this event loop
+    return await loaded_by(embedder, settings, steps)
+
+
+async def loaded_by(embedder: Embedder, settings: Settings, steps: Any) -> Counts:
+    """What is stored of these."""
+    counts = Counts()
     async with opened(settings) as database:
         await loading.load(database, embedder, settings, TENANT, steps, counts=counts, told=print)
     return counts
@@ -267,18 +272,19 @@ def texts(count: int) -> list[Draft]:
     return [Draft(f"d{n}", " ".join(data.content(n * 7 + part) for part in range(5)) + f" {n}") for n in range(count)]
 
 
+def cut(settings: Settings, using: Embedder, documents: list[Draft]) -> list[str]:
+    """The chunks of these documents."""
+    most = min(settings.chunk_max_tokens, using.max_tokens)
+    limits = {"max_tokens": most, "overlap_tokens": settings.chunk_overlap_tokens}
+    return [
+        chunk.content for draft in documents for chunk in chunking.chunk(draft.content, using.count_tokens, **limits)
+    ]
+
+
 def embedder(bench: Bench, count: int, repeats: int) -> list[dict[str, Any]]:
     """Texts that are embedded here: the model alone on the same chunks, and the whole of ingest."""
     documents = texts(count)
-    settings = bench.settings
-    cut = {"max_tokens": min(settings.chunk_max_tokens, model().max_tokens)}
-    chunks = [
-        chunk.content
-        for draft in documents
-        for chunk in chunking.chunk(
-            draft.content, model().count_tokens, overlap_tokens=settings.chunk_overlap_tokens, **cut
-        )
-    ]
+    chunks = cut(bench.settings, model(), documents)
 
     def alone(taken: list[Took]) -> None:
         async def embed() -> None:
@@ -301,6 +307,56 @@ def embedder(bench: Bench, count: int, repeats: int) -> list[dict[str, Any]]:
     variants = {"embedder alone": alone, "ingest": whole}
     made = summary(rounds(variants, repeats, f"{len(chunks):,} chunks"), len(chunks), "embedder alone")
     return [row | {"chunks": len(chunks)} for row in made]
+
+
+RATES = (100, 300)
+"""Texts a second of an embedding server elsewhere."""
+LATENCY = 0.08
+"""Seconds in which it answers at the earliest."""
+
+
+def elsewhere(bench: Bench, count: int, repeats: int) -> list[dict[str, Any]]:
+    """Texts that a server elsewhere embeds: its client alone on the same chunks, and the whole of ingest."""
+    documents = texts(count)
+    rows = []
+    for rate in RATES:
+        with distant.served(rate, LATENCY, bench.settings.embedding_dimensions or 384) as url:
+            there = {"embedder": "openai", "openai_base_url": url, "openai_api_key": "none", "embedding_model": "none"}
+            base = msgspec.structs.replace(bench.settings, **there, embedding_dimensions=384)
+            chunks = cut(base, open_embedder(base), documents)
+
+            def alone(taken: list[Took], base: Settings = base, chunks: list[str] = chunks) -> None:
+                async def embed() -> None:
+                    client = open_embedder(base)
+                    with bench.measured(taken):
+                        await client.embed(chunks, "document")
+                    await client.aclose()
+
+                asyncio.run(embed())
+
+            def whole(taken: list[Took], there: dict[str, str] = there, chunks: list[str] = chunks) -> None:
+                async def load(chosen: Settings) -> Counts:
+                    client = open_embedder(chosen)
+                    with bench.measured(taken):
+                        counts = await loaded_by(
+                            client, chosen, [Step(draft, len(draft.content)) for draft in documents]
+                        )
+                    await client.aclose()
+                    return counts
+
+                with bench.database() as settings:
+                    chosen = msgspec.structs.replace(settings, **there, embedding_dimensions=384)
+                    with psycopg.connect(settings.migration_url or "", autocommit=True) as owner:
+                        owner.execute("update embedding_models set name = 'none'")
+                    counts = asyncio.run(load(chosen))
+                if counts.embedded != len(chunks):
+                    raise SystemExit(f"{counts} of {len(chunks)} chunks")
+
+            whole([])  # what the first statements of a process cost is no part of a long load
+            base_name = f"client alone, {rate} texts a second"
+            variants = {base_name: alone, f"ingest, {rate} texts a second": whole}
+            rows += summary(rounds(variants, repeats, f"{len(chunks):,} chunks"), len(chunks), base_name)
+    return [row | {"chunks": len(chunks)} for row in rows]
 
 
 def again(bench: Bench, count: int, repeats: int) -> list[dict[str, Any]]:
@@ -440,6 +496,7 @@ def deferred(bench: Bench, count: int, repeats: int) -> list[dict[str, Any]]:
 COMMANDS: dict[str, tuple[Callable[[Bench, int, int], list[dict[str, Any]]], int]] = {
     "rows": (rows, 3_000),
     "embedder": (embedder, 150),
+    "elsewhere": (elsewhere, 600),
     "again": (again, 100_000),
     "stream": (stream, 100_000),
     "deferred": (deferred, 50_000),

@@ -197,6 +197,7 @@ def ingest(results: Mapping[str, Any]) -> Iterator[str]:
     titles = {
         "rows": "Documents with vectors of their own, per row; ratios to a COPY into `documents` of the same round",
         "embedder": "Documents that are embedded, per chunk; ratios to the embedder alone of the same round",
+        "elsewhere": "Documents that a server elsewhere embeds, per chunk; ratios to its client alone in the same round",
         "again": "Documents that did not change, per document",
         "deferred": "A load into an empty database, per row; ratios to the load with the index in place",
     }

@@ -3,13 +3,14 @@
 import time
 
 from alembic import context
+from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
-from app import database, pool, schema, settings, tables
+from app import database, isolation, pool, progress, schema, settings, tables, telemetry
 
 LOCK_TIMEOUT = "4s"  # a migration that cannot have its lock gives up rather than queue live traffic behind it
 STATEMENT_TIMEOUT = "60s"  # concurrent index builds set their own
-MIGRATOR_LOCK = 0x7067726563616C6C  # "pgrecall"
 WAIT_FOR_MIGRATOR = 900  # seconds
 PREPARE = (
     f"set lock_timeout = '{LOCK_TIMEOUT}'",
@@ -18,8 +19,11 @@ PREPARE = (
 )
 """What every migration's session begins with; the last finds pgvector where it is in a schema of its own."""
 
+ANNOUNCE = f"select pg_try_advisory_lock({isolation.MIGRATOR_LOCK})"
+"""Says to services, until the session ends, that a migration runs."""
 
-def _configure(options: settings.Settings, connection: Connection | None) -> None:
+
+def _configure(options: settings.Settings, connection: Connection | None, steps: progress.Steps | None = None) -> None:
     model, dimensions, kind = options.model, options.dimensions, None
     if connection is not None:
         recorded = schema.recorded_model(connection)
@@ -40,6 +44,7 @@ def _configure(options: settings.Settings, connection: Connection | None) -> Non
         index_kind=kind,
         embedding_dimensions=dimensions,
         text_language=options.text_language,
+        on_version_apply=steps.applied if steps else None,
     )
 
 
@@ -67,7 +72,7 @@ def offline(options: settings.Settings) -> None:
     """Print the SQL for a DBA to review."""
     _configure(options, None)
     with context.begin_transaction():
-        for statement in PREPARE:
+        for statement in (ANNOUNCE, *PREPARE):
             context.execute(statement)
         context.run_migrations()
 
@@ -75,23 +80,34 @@ def offline(options: settings.Settings) -> None:
 def online(connection: Connection, options: settings.Settings) -> None:
     """Migrate, unless another migrator is at work: then wait for it and find nothing left to do."""
     _wait_for_turn(connection)
+    known = MigrationContext.configure(connection, opts={"version_table": schema.VERSION_TABLE}).get_current_revision()
+    steps = progress.Steps(connection, known, quiet=bool(context.config.attributes.get("quiet")))
+    connection.commit()
     try:
         for statement in PREPARE:
             connection.execute(text(statement))
         connection.commit()
-        _configure(options, connection)
+        _configure(options, connection, steps)
         with context.begin_transaction():
             context.run_migrations()
+    except Exception as error:
+        # Alembic, leaving a block of concurrent work, stumbles over a connection that is gone: what it was before counts.
+        first = error.__context__ if isinstance(error, PendingRollbackError) else None
+        steps.stopped(first if isinstance(first, DBAPIError) else error)
+        if isinstance(first, DBAPIError):
+            raise first from None
+        raise
     finally:
-        connection.rollback()
-        connection.execute(text("select pg_advisory_unlock(:key)"), {"key": MIGRATOR_LOCK})
-        connection.commit()
+        if not connection.invalidated:
+            connection.rollback()
+            connection.execute(text("select pg_advisory_unlock(:key)"), {"key": isolation.MIGRATOR_LOCK})
+            connection.commit()
 
 
 def _wait_for_turn(connection: Connection) -> None:
     # A blocking pg_advisory_lock would deadlock with the other migrator's CREATE INDEX CONCURRENTLY.
     deadline = time.monotonic() + WAIT_FOR_MIGRATOR
-    while not connection.execute(text("select pg_try_advisory_lock(:key)"), {"key": MIGRATOR_LOCK}).scalar():
+    while not connection.execute(text("select pg_try_advisory_lock(:key)"), {"key": isolation.MIGRATOR_LOCK}).scalar():
         connection.commit()
         if time.monotonic() > deadline:
             raise SystemExit(f"another migration has been running for {WAIT_FOR_MIGRATOR} s; look at pg_stat_activity")
@@ -101,7 +117,10 @@ def _wait_for_turn(connection: Connection) -> None:
 
 def run() -> None:
     """Entry point: Alembic executes this file."""
-    options = context.config.attributes.get("settings") or settings.read()
+    options = context.config.attributes.get("settings")
+    if options is None:  # Alembic's own command line
+        options = settings.read()
+        telemetry.set_up(options)
     if context.is_offline_mode():
         offline(options)
         return

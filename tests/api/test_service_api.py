@@ -78,7 +78,7 @@ async def test_another_model_than_recorded_is_refused_at_start(settings, change)
     ("sabotage", "mend", "message"),
     [
         ("alter table documents disable row level security", None, "ENABLE ROW LEVEL SECURITY"),
-        ("drop policy app_sources on sources", None, "policy is missing"),
+        ("drop policy app_sources on sources", None, "policy app_sources on sources is missing"),
     ],
 )
 async def test_start_up_refuses_when_tenants_are_not_kept_apart(settings, owner, sabotage, mend, message):

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from app import embedded
+from app import embedded, local, schema
 from app.asgi import create_app
 from app.settings import Settings
 from tests.conftest import NEEDS_CONTRIB, passwords
@@ -30,7 +30,7 @@ from tests.openai_server import CHAT
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^`([\w.]+)`[^\n]*:\n\n```json\n(.*?)^```", re.MULTILINE | re.DOTALL)
 VARIES = re.compile(
-    r"(?P<moment>\d{4}-\d\d-\d\dT[\d:.]+Z)|(?P<took>[\d.]+ ms|(?<=\"p\d\d\":)[\d.]+)|(?P<number>-?\d+\.\d+)|(?P<left_out>…)"
+    r"(?P<moment>\d{4}-\d\d-\d\dT[\d:.]+Z)|(?P<took>[\d.]+ ms|(?<=\"p\d\d\":)[\d.]+|(?<=seconds\": )[\d.]+|(?<=seconds=)[\d.]+)|(?P<number>-?\d+\.\d+)|(?P<left_out>…)"
 )
 PATTERNS = {"moment": r"\S+?Z", "took": r"[\d.]+(?: ms)?", "number": r"(-?\d+\.\d+)", "left_out": r"(?s:.*?)"}
 PROGRESS = re.compile(
@@ -96,6 +96,9 @@ class Shell:
         (folder / ".venv/bin").mkdir(parents=True)
         command = folder / ".venv/bin/pgrecall"
         command.write_text(f'#!/bin/sh\nPYTHONPATH={root} exec {sys.executable} -m app "$@"\n')
+        command.chmod(0o755)
+        command = folder / ".venv/bin/alembic"
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m alembic -c {root}/alembic.ini "$@"\n')
         command.chmod(0o755)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))}
         search = f"{folder}/.venv/bin{os.pathsep}{embedded._binaries()}{os.pathsep}{os.environ['PATH']}"
@@ -210,6 +213,26 @@ def test_the_readmes_commands_give_what_it_shows_on_a_postgresql_of_ones_own_too
             admin.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
             for login in logins:
                 admin.execute(sql.SQL("drop role {}").format(sql.Identifier(login)))
+
+
+@pytest.mark.timeout(300)  # every command is a process
+def test_a_database_of_an_older_release_is_migrated_as_the_page_on_deploying_shows(shell, root, cluster, contrib):
+    if not contrib:
+        pytest.skip(NEEDS_CONTRIB)
+    name = f"test_{secrets.token_hex(6)}"
+    local.bootstrap(cluster.admin, name)
+    passwords(cluster)
+    shell.places = {
+        "postgresql://app_owner@db/app": shlex.quote(cluster.url(name, local.OWNER)),
+        "postgresql://app_service@db/app": shlex.quote(cluster.url(name, local.SERVICE)),
+    }
+    schema.migrate(Settings(migration_url=cluster.url(name, local.OWNER)), "0005")
+    try:
+        check(shell, (root / "docs/deploy.md").read_text())
+    finally:
+        shell.stop()
+        with psycopg.connect(cluster.admin, autocommit=True) as admin:
+            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 @pytest.mark.timeout(300)  # every command is a process

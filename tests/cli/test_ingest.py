@@ -340,3 +340,14 @@ def test_max_tokens_stops_before_it_is_passed_and_the_next_run_goes_on(run, tmp_
     assert "goes on where this one stopped" in err
     assert run(*command)[0] == 0
     assert json.loads(run(*command)[1])["unchanged"] == 20
+
+
+def test_files_of_other_kinds_are_counted_in_one_note(tmp_path):
+    for name in ("a.md", "b.png", "c/d.PNG", "e", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("Text.")
+    *read, note = [step.item for step in files.drafts([tmp_path], files.Reading())]
+    assert [draft.id for draft in read] == ["a.md"]
+    assert note.path == str(tmp_path)
+    assert note.note.startswith("also: 3 files of kinds that are not read (.png 2, no ending 1)")
+    assert len([*files.drafts([tmp_path], files.Reading(format="text"))]) == 4

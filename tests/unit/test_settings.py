@@ -64,6 +64,7 @@ def test_every_setting_can_be_set(field):
         "openai",
         "keys",
         "debug",
+        "json",
         "x",
         "7",
         "120",

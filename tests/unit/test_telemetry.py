@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from litestar import Litestar, get
+from msgspec import structs
 
 from app.settings import Settings
 from app.telemetry import RequestId, request_id, secrets, set_up
@@ -145,3 +146,28 @@ async def test_lines_of_a_request_carry_its_id(capsys: pytest.CaptureFixture[str
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await client.get("/", headers={"X-Request-ID": "mine"})
     assert " request_id=mine message=talking" in last_line(capsys)
+
+
+def test_what_a_record_says_besides_stands_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up(SETTINGS)
+    facts = {"revision": "0002", "seconds": 1.5, "statements": {"create table": 3, "comment": 9}, "error": "no p@ss"}
+    log.info("migrated", extra={"facts": facts})
+    expected = 'message=migrated revision=0002 seconds=1.5 statements="create table 3, comment 9" error="no ********"'
+    assert last_line(capsys).endswith(expected)
+
+
+def test_in_json_a_record_is_an_object_on_one_line_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up(structs.replace(SETTINGS, log_format="json"))
+    facts = {"revision": "0002", "seconds": 1.5, "statements": {"create table": 3}, "error": "no p@ss"}
+    log.error('a\n"b" sk-key', extra={"facts": facts}, exc_info=ValueError("no p@ss\nway"))
+    said = json.loads(last_line(capsys))
+    assert said.pop("time").endswith("Z")
+    assert "ValueError: no ********\nway" in said.pop("trace")
+    assert said == {
+        "level": "error",
+        "logger": "app.test",
+        "request_id": "-",
+        "message": 'a\n"b" ********',
+        **facts,
+        "error": "no ********",
+    }

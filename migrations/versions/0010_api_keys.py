@@ -7,8 +7,8 @@ key, so stop it before keys are relied upon.
 
 from alembic import op
 
-revision = "0008"
-down_revision = "0007"
+revision = "0010"
+down_revision = "0009"
 branch_labels = None
 depends_on = None
 

@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 PIP_AUDIT := 2.10.1
 
-.PHONY: help install demo serve test test-long lint audit isolation format clean
+.PHONY: help install demo serve test test-long fuzz lint audit isolation format clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ test: .venv/installed-dev ## everything that guards a change
 
 test-long: .venv/installed-dev ## the long counts: fuzzing, kills
 	THOROUGH=20 $(BIN)/python -m pytest -n $(WORKERS) --timeout 3600
+
+fuzz: .venv/installed-dev ## schemathesis over the whole API at length, with figures
+	THOROUGH=$(or $(THOROUGH),50) $(BIN)/python -m pytest -s --timeout 7200 tests/hostile/test_fuzz.py
 
 lint: .venv/installed-dev ## ruff, mypy, import-linter, alembic check
 	$(BIN)/ruff check

@@ -17,6 +17,7 @@ from app import (
     formats,
     ingest,
     keys,
+    psql,
     scorecard,
     transition,
     weighing,
@@ -143,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     _json(indexed)
     _changing(command)
     _admitting(command)
+    _querying(command)
     _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
     _json(
         command(
@@ -431,6 +433,50 @@ def _admitting(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
 
+def _querying(command: Callable[..., argparse.ArgumentParser]) -> None:
+    opened = command(
+        "sql",
+        psql.open_psql,
+        "Open psql as the analyst: every table, view and function of docs/sql.md.",
+        "pgrecall sql",
+        "pgrecall sql -c 'select * from statistics_by_tenant'",
+        "PGRECALL_ANALYST_URL=postgresql://jane@db/app pgrecall sql --print-url",
+    )
+    opened.add_argument("--owner", action="store_true", help="as the owner of the tables, who may also write")
+    opened.add_argument("--print-url", action="store_true", help="print where to connect, for another program")
+    opened.add_argument("-c", "--command", action="append", metavar="SQL", help="run this and leave; may be repeated")
+    opened.add_argument(
+        "-f", "--file", action="append", metavar="PATH", help="run this file and leave; may be repeated"
+    )
+    embedded = command(
+        "embed",
+        psql.embed,
+        "Print the vector of a question, by the model this database is of: for search_documents in SQL.",
+        'pgrecall embed "How do I reset my password?"',
+        "in psql: \\set question `pgrecall embed 'How do I reset my password?'`",
+    )
+    embedded.add_argument("query", help="the question")
+    _json(embedded)
+    admitted = command(
+        "analyst",
+        psql.admit,
+        "Print, or apply, the SQL that makes a login an analyst's: read-only, some tenants or all, with a time limit.",
+        "pgrecall analyst jane --tenant acme --tenant umbra | psql postgresql://postgres@db/app",
+        "pgrecall analyst jane --all-tenants --statement-timeout 300 --apply --url postgresql://postgres@db/app",
+        "pgrecall analyst jane --revoke --apply",
+    )
+    admitted.add_argument("login", help="its name; made if it is not there")
+    whose = admitted.add_mutually_exclusive_group()
+    whose.add_argument("--tenant", action="append", help="a tenant it may read, and no others; may be repeated")
+    whose.add_argument("--all-tenants", action="store_true", help="it may read every tenant, those to come too")
+    whose.add_argument("--revoke", action="store_true", help="it may read nothing any more; the login stays")
+    admitted.add_argument(
+        "--statement-timeout", type=_seconds, default=60.0, metavar="S", help="seconds a statement may take (60)"
+    )
+    admitted.add_argument("--apply", action="store_true", help="run the statements instead of printing them")
+    admitted.add_argument("--url", help="an administrator's URL, with --apply")
+
+
 def _serving(added: argparse.ArgumentParser) -> None:
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     added.add_argument("--port", type=_whole(0, 65_535), default=8000, help="port, 0 for a free one (8000)")
@@ -467,3 +513,13 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.001 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: seconds from 0.001 to 86,400")
+    return value

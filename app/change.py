@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import psycopg
 from psycopg import sql
@@ -208,6 +209,12 @@ def start(connection: Connection, new: Recorded, provider: Provider, base_url: s
         raise BadInput("model", f"{new.name} with {new.dimensions} dimensions is the model already")
     if refused := refusals(connection):
         raise SetupError("; ".join(refused))
+    for address in (new.base_url, base_url):
+        if address is not None and "@" in urlsplit(address).netloc:
+            raise SetupError(
+                "the model's address has a user or a password in it, which would stand in embedding_models for all to read: "
+                "give the key as OPENAI_API_KEY or PGRECALL_OTHER_API_KEY"
+            )
     swap.patiently(partial(_begin, connection, new, provider, base_url))
     return new
 

@@ -1,14 +1,19 @@
 """`[Source N]` marks: kept out of an answer where N was never given, and disarmed inside of source text."""
 
 import re
+import unicodedata
 
 LONGEST = 600
 """Characters from bracket to bracket: enough for the numbers 1 to 100 in a list. What is longer is cut there."""
 
+LARGEST = 999_999
+MOST_MISCITED = 20
+
 # The corner brackets are what some models write by themselves, the full-width ones come from Asian keyboards.
 _BRACKETS = r"\[\]\u3010\u3011\uff3b\uff3d"
 _OPEN, _CLOSE = r"[\[\u3010\uff3b]", r"[\]\u3011\uff3d]"
-_WS = r"\s{0,32}"
+# Zero-width characters, and what Markdown does not show: `\[Source 9\]` and `[**Source 9**]` read as citations, too.
+_WS = r"[\s*_`\\\u00ad\u200b-\u200f\u2060\ufeff]{0,32}"
 _DASH = "\\-\u2010\u2011\u2012\u2013\u2014"
 _LEAD = rf"{_WS}[:#№.]?{_WS}"
 _BETWEEN = rf"(?:[\s,;/&+#№{_DASH}]|(?ai:and|or|to|through|sources?))"
@@ -21,12 +26,22 @@ _CITATION = re.compile(
 _WORD = re.compile(rf"{_OPEN}{_WS}(?P<word>(?ai:[a-z]*))")
 # Starts of what may follow `Source` before the closing bracket: all that _CITATION takes there, and little more.
 _BEGUN = rf"\d(?:\d|{_BETWEEN})*(?ai:an?|o|t(?:h(?:r(?:o(?:ug?)?)?)?)?|s(?:o(?:u(?:rc?)?)?)?)?"
-_UNFINISHED = re.compile(rf"{_LEAD}(?:(?P<numbers>{_BEGUN})(?P<detail>{_DETAIL}))?")
+_UNFINISHED = re.compile(rf"{_LEAD}(?:(?P<numbers>{_BEGUN})(?P<detail>{_WS}{_DETAIL}))?")
 _JOIN = re.compile(rf"[ \t]{{0,4}}(?:[,;&]|and)?[ \t]{{0,4}}(?={_OPEN})")
 _UNFINISHED_JOIN = re.compile(r"[ \t]{0,4}(?:[,;&]|an?d?)?[ \t]{0,4}")
 _NUMBER = re.compile(rf"\d+|[{_DASH}]|(?ai:to|through)")
 _NUMBER_IN_DETAIL = re.compile(rf"(?ai:sources?){_WS}[#№]?{_WS}(\d+)")
-_ARMED = re.compile(rf"{_OPEN}(\s*(?ai:sources?)[\s:#№.]*\d[^{_BRACKETS}]*)({_CLOSE}?)")
+# Brackets of source text are looked at more broadly: whatever a reader, or a model, may take for one of ours.
+_OPENS, _CLOSED = r"\[\u3010\uff3b\u27e6\u2045\u2772\u3014\u301a", r"\]\u3011\uff3d\u27e7\u2046\u2773\u3015\u301b"
+_BRACKETED = re.compile(
+    rf"\\?(?:[{_OPENS}]|(?i:&(?:#0*91|#x0*5b|lsqb|lbrack);))"
+    rf"((?:(?!&(?i:#0*93|#x0*5d|rsqb|rbrack);)[^{_OPENS}{_CLOSED}])*)"
+    rf"([{_CLOSED}]|&(?i:#0*93|#x0*5d|rsqb|rbrack);)?"
+)
+_READS_AS_OURS = re.compile(r"\W*sources?\W*\d")
+_NOT_SEEN = re.compile(r"[*_`\\\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\u0300-\u036f]")
+_LOOKS = str.maketrans("\u0455\u043e\u03bf\u0585\u03c5\u057d\u0433\u0441\u03f2\u0435", "sooouurcce")
+_IMAGE = re.compile(r"!(?=\\?\[)")
 
 _BLANK = " \t\u00a0"
 _BLANKS = rf"[{_BLANK}]{{0,8}}"
@@ -37,8 +52,19 @@ _CLOSES = {")": "(", "]": "["}
 
 
 def disarmed(text: str) -> str:
-    """The text with what reads like a citation in round brackets, so that no reader takes it for one of ours."""
-    return _ARMED.sub(lambda found: f"({found[1]}{')' if found[2] else ''}", text)
+    """The text with what reads like a citation in round brackets, so that no reader takes it for one of ours.
+
+    Letters of other alphabets that look the same count as the same. Markdown images become links: they would be loaded.
+    """
+    return _IMAGE.sub("! ", _BRACKETED.sub(_disarmed, text))
+
+
+def _disarmed(found: re.Match[str]) -> str:
+    begins = " ".join(_NOT_SEEN.sub("", found[1]).split())[:LONGEST]
+    shown = _NOT_SEEN.sub("", unicodedata.normalize("NFKD", begins)).lower().translate(_LOOKS)
+    if not _READS_AS_OURS.match(shown):
+        return found[0]
+    return f"({found[1].removesuffix(chr(92))}{')' if found[2] else ''}"
 
 
 class Citations:
@@ -56,12 +82,19 @@ class Citations:
         self._kept: bool | None = None
         self._gap = ""  # blanks and opening brackets, written as soon as it is known what follows them
         self._last = "\n"
+        self._breaks = ""  # what must not stand directly behind what was written: it would make a link of a citation
+        self._miscited: dict[int, None] = {}
         self._out: list[str] = []
 
     @property
     def cited(self) -> list[int]:
         """Numbers of the sources cited so far, ascending."""
         return sorted(self._cited)
+
+    @property
+    def miscited(self) -> list[int]:
+        """The first numbers that were cited and not given, ascending. Those beyond LARGEST are told as that."""
+        return sorted(self._miscited)
 
     def feed(self, text: str) -> str:
         """What may be shown now; the empty text where nothing may yet."""
@@ -147,18 +180,24 @@ class Citations:
     def _citation(self, start: int, end: int, numbers: str, detail: str) -> bool:
         join, written, self._held = self._held[:start], self._held[start:end], self._held[end:]
         known, unknown = self._numbers(numbers, detail)
+        self._miscited |= dict.fromkeys(unknown[: MOST_MISCITED - len(self._miscited)])
         if not known:
             self._kept = self._kept or False
             return True
         self._cited.update(known)
-        marks = written if detail.strip(" .") and not unknown else "".join(f"[Source {number}]" for number in known)
-        self._write(self._gap + (join if self._kept else "") + marks)
+        marks = (
+            written if detail.strip(" .*_`\\") and not unknown else "".join(f"[Source {number}]" for number in known)
+        )
+        before = self._gap + (join if self._kept else "")
+        starts_line = self._last == "\n" and not before.strip()
+        self._write(before + marks)
+        self._breaks = "(:" if starts_line else "("
         self._gap = ""
         self._kept = True
         return True
 
-    def _numbers(self, numbers: str, detail: str) -> tuple[list[int], bool]:
-        """The sources named that were given, in the order of the text, and whether others are named too."""
+    def _numbers(self, numbers: str, detail: str) -> tuple[list[int], list[int]]:
+        """The sources named that were given, in the order of the text, and the numbers of others; of a range its ends."""
         spans: list[tuple[int, int]] = []
         ranged = False
         for token in _NUMBER.findall(numbers):
@@ -174,11 +213,16 @@ class Citations:
             ranged = False
         spans += [(int(number), int(number)) for number in _NUMBER_IN_DETAIL.findall(detail)]
         known = {number: None for low, high in spans for number in range(max(low, 1), min(high, self._given) + 1)}
-        return list(known), any(low < 1 or high > self._given for low, high in spans)
+        ends = (number for span in spans for number in span)
+        return list(known), [min(number, LARGEST) for number in ends if not 1 <= number <= self._given]
 
     def _write(self, text: str) -> None:
         if text:
-            self._out.append(text)
+            # `![` would be an image, which is loaded unasked; `[Source 1](` and `[Source 1]:` would lead elsewhere.
+            if text[0] in self._breaks or (self._last == "!" and text[0] == "["):
+                self._out.append(" ")
+            self._out.append(text.replace("![", "! ["))
+            self._breaks = ""
             self._last = text[-1]
 
     def _taken(self) -> str:

@@ -251,8 +251,8 @@ async def _ask(arguments: Namespace, config: Settings) -> Any:
 def show_answer(question: str, answer: Any) -> None:
     """The answer and the sources it cites."""
     terminal.out.print()
-    terminal.out.print(question, markup=False, style="bold")
-    terminal.out.print(answer.answer, markup=False)
+    terminal.out.print(terminal.visible(question), markup=False, style="bold")
+    terminal.out.print(terminal.visible(answer.answer), markup=False)
     terminal.table(
         f"sources ({answer.model} answered; cited are {', '.join(map(str, answer.cited)) or 'none'})",
         [("source", "right"), ("score", "right"), ("document", "left"), ("snippet", "left")],

@@ -1,15 +1,15 @@
 """What a chunk must satisfy to be searched, listed or removed: the tenant's predicate and the filters beside it (pure)."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, ColumnElement, DateTime, Text, bindparam, func
+from sqlalchemy import ARRAY, ColumnElement, DateTime, Table, Text, bindparam, func
 
 from app import filters
 from app.filters import Filter
-from app.tables import tenant_documents
+from app.tables import tenant_document_terms, tenant_documents, tenant_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,24 @@ def where_values(tenant_id: str, conditions: Conditions) -> dict[str, Any]:
     }
     values = {"tenant_id": tenant_id} | {name: value for name, value in given.items() if value is not None}
     return values | (filters.values(conditions.metadata) if conditions.metadata is not None else {})
+
+
+class Relations(NamedTuple):
+    """What a search reads, and how its conditions are written.
+
+    The service reads the tenant views. The functions for analysts (`app/analysts.py`) read the tables, whose row-level
+    security decides what they see: under a policy PostgreSQL does not ask an index about words (`word_index` False).
+    """
+
+    documents: Table
+    sources: Table
+    terms: Table
+    question: str  # the function that knows a question's words
+    word_index: bool
+    where: Callable[[Conditions], list[ColumnElement[bool]]]
+
+
+VIEWS = Relations(
+    tenant_documents, tenant_sources, tenant_document_terms, "text_question", word_index=True, where=where
+)
+"""What the service reads."""

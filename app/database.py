@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import psycopg
+from msgspec import structs
 from sqlalchemy import Engine, Select, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -45,14 +46,14 @@ _OTHER_LENGTH = re.compile(r"different (vector|halfvec) dimensions|expected \d+ 
 """What pgvector says of a vector that has another length than the column."""
 
 _OF_KEYS = re.compile(r"\b(keys_in_use|find_key)\(")
-"""Functions that a database has from revision 0008 on. An operator that is missing has the same SQLSTATE."""
+"""Functions that a database has from revision 0010 on. An operator that is missing has the same SQLSTATE."""
 
 _RAISED: Mapping[str | None, type[PgrecallError]] = {
     "RK401": NotAuthenticated,
     "RK403": NotAllowed,
     "RK404": NotRegistered,
 }
-"""SQLSTATEs that functions of revision 0008 raise, in words of ours."""
+"""SQLSTATEs that functions of revision 0010 raise, in words of ours."""
 
 SETTLE = 1.0
 """Seconds a write waits while its tenant is being erased before it is told to come again; it holds a connection so long."""
@@ -107,6 +108,7 @@ class Database:
         """`url` is a libpq URL. Nothing connects before the first use."""
         self._timeout_ms = str(int(settings.statement_timeout * 1000))
         self._primary = Pool(url, settings)
+        self._apart = Pool(url, structs.replace(settings, pool_size=1))
         read_url = settings.database_read_url
         self._replica = Pool(read_url, settings) if read_url else self._primary
         self.replica = Replica(self._written, self._replayed, settings.replica_lag) if read_url else None
@@ -116,6 +118,7 @@ class Database:
         if self.replica is not None:
             await self.replica.close()
             await self._replica.close()
+        await self._apart.close()
         await self._primary.close()
 
     @asynccontextmanager
@@ -191,9 +194,11 @@ class Database:
         """Rows that belong to no tenant: the schema's revision and the embedding model.
 
         `as_login`: without dropping the login's rights, for looking at what they are. `config`: settings besides.
+
+        Over a connection of its own: whether this process is ready is told while all others are in use.
         """
         config = dict(config or {}) | ({"statement_timeout": self._timeout_ms} if as_login else self._public)
-        pool = self._replica if replica else self._primary
+        pool = self._replica if replica else self._apart
         (rows,) = await _run(pool, config, [statement])
         return rows
 

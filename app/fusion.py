@@ -30,9 +30,9 @@ from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION, distinct_on
 from sqlalchemy.sql.selectable import LateralFromClause
 
 from app import scans, text
-from app.conditions import Conditions
+from app.conditions import VIEWS, Conditions, Relations
 from app.scans import Strategy, Wanted
-from app.tables import Vector, tenant_documents, tenant_sources
+from app.tables import Vector
 
 Method = Literal["rrf", "relative"]
 
@@ -58,21 +58,21 @@ class Mixed(NamedTuple):
     similarity: bool = True  # there is a vector to compare with
 
 
-def build(conditions: Conditions, mixed: Mixed) -> Select[Any]:
+def build(conditions: Conditions, mixed: Mixed, relations: Relations = VIEWS) -> Select[Any]:
     """The statement.
 
     Parameters: those of `text.ranked`; with a vector leg those of `scans.leg` with the limit leg_k, vector_weight and
     text_weight; embedding, top_k, and threshold where one is wanted.
     """
-    question = text.words()
-    words = text.ranked(conditions, question)
+    question = text.words(relations)
+    words = text.ranked(conditions, question, relations=relations)
     if mixed.strategy is None:
         size = select(func.count().label("candidates")).select_from(words).cte("size")
         fused = _words_only(words)
     else:
-        hit, size = scans.leg(mixed.strategy, conditions, mixed.wanted._replace(grouped=False), "leg_k")
-        fused = _by_ranks(hit, words) if mixed.method == "rrf" else _by_scores(hit, words, question, mixed)
-    return _shown(fused, size, mixed)
+        hit, size = scans.leg(mixed.strategy, conditions, mixed.wanted._replace(grouped=False), "leg_k", relations)
+        fused = _by_ranks(hit, words) if mixed.method == "rrf" else _by_scores(hit, words, question, mixed, relations)
+    return _shown(fused, size, mixed, relations)
 
 
 def _words_only(words: CTE) -> CTE:
@@ -97,15 +97,16 @@ def _by_ranks(hit: CTE, words: CTE) -> CTE:
     )
 
 
-def _by_scores(hit: CTE, words: CTE, question: CTE, mixed: Mixed) -> CTE:
+def _by_scores(hit: CTE, words: CTE, question: CTE, mixed: Mixed, relations: Relations) -> CTE:
     """The same of the scores: both of them of every chunk, whichever leg found it, then the vectors' once more.
 
     Looked up rather than joined, as in `_chunk`: a chunk that only the words found has its vector measured, one that only
     the vectors found has its words scored.
     """
     met = _met(hit, words).cte("met").prefix_with("MATERIALIZED")
-    chunk = _chunk(met, tenant_documents.c.embedding, _similarity(mixed).label("similarity"))
-    scored = text.score_of(met, question)
+    similarity = _similarity(mixed, relations).label("similarity")
+    chunk = _chunk(relations, met, relations.documents.c.embedding, similarity)
+    scored = text.score_of(met, question, relations)
     measured = (
         select(
             met.c.id,
@@ -166,11 +167,11 @@ def _divided(part: ColumnElement[Any], whole: ColumnElement[Any]) -> ColumnEleme
     return part.op("/", precedence=8, return_type=Float())(whole)
 
 
-def _shown(fused: CTE, size: CTE, mixed: Mixed) -> Select[Any]:
+def _shown(fused: CTE, size: CTE, mixed: Mixed, relations: Relations) -> Select[Any]:
     """The best with what a caller sees of a chunk; at least one row: `candidates` stands in each."""
     passing: FromClause = fused
     if mixed.wanted.thresholded:
-        near = _chunk(fused, _similarity(mixed).label("similarity"))
+        near = _chunk(relations, fused, _similarity(mixed, relations).label("similarity"))
         above = near.c.similarity >= bindparam("threshold", type_=Float)
         passing = select(fused).select_from(fused.join(near, true())).where(above).subquery("passing")
     ordered = (passing.c.score.desc(), passing.c.id, passing.c.chunk_key)
@@ -179,17 +180,18 @@ def _shown(fused: CTE, size: CTE, mixed: Mixed) -> Select[Any]:
         first = select(passing).ext(distinct_on(passing.c.id)).order_by(passing.c.id, *ordered).subquery("first")
         best = select(first).order_by(first.c.score.desc(), first.c.id, first.c.chunk_key)
     top = best.limit(bindparam("top_k", type_=Integer)).cte("best").prefix_with("MATERIALIZED")
-    columns = tenant_documents.c
+    columns = relations.documents.c
     chunk = _chunk(
+        relations,
         top,
         columns.content,
         columns.doc_type,
         columns.metadata,
         columns.created_at,
-        _similarity(mixed).label("similarity"),
+        _similarity(mixed, relations).label("similarity"),
         *([columns.embedding] if mixed.wanted.vectors else []),
     )
-    source = tenant_sources
+    source = relations.sources
     place = func.array_position(source.c.chunk_keys, top.c.chunk_key)
     found = (
         select(
@@ -211,9 +213,9 @@ def _shown(fused: CTE, size: CTE, mixed: Mixed) -> Select[Any]:
     )
 
 
-def _chunk(of: CTE, *columns: ColumnElement[Any]) -> LateralFromClause:
+def _chunk(relations: Relations, of: CTE, *columns: ColumnElement[Any]) -> LateralFromClause:
     """The row of each chunk in `of`, one lookup each: LIMIT keeps the planner from reading a whole tenant to join it."""
-    chunk = tenant_documents
+    chunk = relations.documents
     return (
         select(*columns)
         .where(
@@ -227,9 +229,9 @@ def _chunk(of: CTE, *columns: ColumnElement[Any]) -> LateralFromClause:
     )
 
 
-def _similarity(mixed: Mixed) -> ColumnElement[Any]:
+def _similarity(mixed: Mixed, relations: Relations) -> ColumnElement[Any]:
     if not mixed.similarity:
         return cast(null(), DOUBLE_PRECISION)
     query = bindparam("embedding", type_=Vector(mixed.wanted.dimensions))
-    similarity: ColumnElement[float] = 1 - tenant_documents.c.embedding.cosine_distance(query)
+    similarity: ColumnElement[float] = 1 - relations.documents.c.embedding.cosine_distance(query)
     return similarity

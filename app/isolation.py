@@ -114,8 +114,14 @@ with migration as materialized (
 ), reached as materialized (
     select r.oid from pg_roles r where exists (select from ours o where pg_has_role(o.oid, r.oid, 'usage'))
 ), programs as materialized (
-    select p.oid, p.proname || '(' || oidvectortypes(p.proargtypes) || ')' as name, p.prosecdef, p.proconfig, p.proacl,
-           p.proowner
+    select p.oid, p.proname || '(' || oidvectortypes(p.proargtypes) || ')' as name, p.prosecdef, p.proacl, p.proowner,
+           -- The migrations set it to this schema, then pgvector's where that is another: the same words wherever they are.
+           (select array_agg(case when each = 'search_path=' || concat_ws(', ', quote_ident(s.nspname), quote_ident(v.nspname), 'pg_temp')
+                                  then 'search_path=public, pg_temp' else each end order by n)
+              from unnest(p.proconfig) with ordinality as several (each, n)
+              join pg_namespace s on s.oid = p.pronamespace
+              left join pg_namespace v
+                on v.oid = (select extnamespace from pg_extension where extname = 'vector') and v.oid <> s.oid) as proconfig
       from pg_proc p
      where p.pronamespace = (select relnamespace from pg_class where oid = to_regclass('sources'))
        and p.proname = any (%(functions)s::text[])

@@ -35,6 +35,11 @@ class Local:
         return self.server.url(OWNER, DATABASE)
 
     @property
+    def admin_url(self) -> str:
+        """As the superuser: for making logins."""
+        return self.server.url(database=DATABASE)
+
+    @property
     def analyst_url(self) -> str:
         """For psql and notebooks: every tenant, read-only."""
         return self.server.url(ANALYST, DATABASE)

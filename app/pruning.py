@@ -10,6 +10,7 @@ from sqlalchemy import text
 from app.database import Database
 from app.errors import PgrecallError
 from app.settings import Settings
+from app.statements import Statement
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,18 @@ delete from embedding_claims c using (
 """Claims of processes that died, on texts nobody has asked for since."""
 
 
+TENANTS = """
+with recursive tenants (tenant_id) as (
+    select min(tenant_id) from sources
+    union all
+    select (select min(s.tenant_id) from sources s where s.tenant_id > tenants.tenant_id) from tenants
+     where tenants.tenant_id is not null
+)
+select tenant_id from tenants where tenant_id is not null
+"""
+"""Tenants that have documents: one look into the index for each."""
+
+
 @dataclass
 class _Seen:
     at: float
@@ -114,4 +127,19 @@ async def prune(database: Database, settings: Settings, tenant_id: str) -> int:
                 gone = (await connection.execute(text(statement), values)).rowcount
             more = gone == AT_ONCE
             removed += gone
+    return removed
+
+
+async def everywhere(database: Database, settings: Settings, only: frozenset[str] = frozenset()) -> int:
+    """Prune the cache of every tenant that has documents, or of `only` these: nobody may write to a tenant for months.
+
+    Rows removed. What fails at one tenant is logged and does not keep the others from it.
+    """
+    removed = 0
+    for row in await database.fetch_across(Statement("tenants", TENANTS, {})):
+        if not only or row["tenant_id"] in only:
+            try:
+                removed += await prune(database, settings, row["tenant_id"])
+            except PgrecallError as error:
+                log.warning("the cache of tenant %s was not pruned: %s", row["tenant_id"], error)
     return removed

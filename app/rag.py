@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from app.chat import ChatModel, Message, Usage
 from app.citations import Citations, disarmed
@@ -45,7 +45,9 @@ CHARACTERS_PER_TOKEN = 4
 _FRAME = 12
 """Tokens around the text of a source."""
 _SPECIAL = re.compile(
-    r"<(?=[|\uff5c]|/?(?:s|bos|eos|think|tool_call|(?:start|end)_of_turn)>|/?SYS>>)|\[(?=/?(?:INST|[A-Z]+_[A-Z]+)\])"
+    r"<(?=[|\uff5c]|/?(?:s|bos|eos|pad|unk|mask|think|thinking|tools?|tool_(?:call|response)s?|function_(?:call|result)s?"
+    r"|(?:start|end)_of_(?:turn|image)|image_soft_token|extra_id_\d+|SPECIAL_\d+)>|/?SYS>>)"
+    r"|\[(?=/?(?:INST|IMG|THINK|[A-Z]+(?:_[A-Z]+)+)\])"
 )
 """Where the control tokens of chat models begin; some servers read them in text as well."""
 
@@ -59,13 +61,17 @@ class Source(Hit):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. `cited` holds the numbers of the sources it cites, ascending."""
+    """A whole answer. `cited` holds the numbers of the sources it cites, ascending.
+
+    `miscited`: numbers that the model cited although there is no such source. They do not stand in the answer any more.
+    """
 
     answer: str
     sources: list[Source]
     model: str
     usage: Usage | None
     cited: list[int]
+    miscited: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,12 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """The whole answer has been sent. `usage` is None where the model does not tell."""
+    """The whole answer has been sent. `usage` is None where the model does not tell; `miscited` as in Answer."""
 
     model: str
     usage: Usage | None
     cited: list[int]
+    miscited: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,7 @@ async def answer(
                 written.append(event.token)
             case Used():
                 used = event
-    return Answer("".join(written), sources, used.model, used.usage, used.cited)
+    return Answer("".join(written), sources, used.model, used.usage, used.cited, used.miscited)
 
 
 async def stream(
@@ -186,7 +193,7 @@ async def _events(
                 yield Token(shown)
     if rest := citations.close():
         yield Token(rest)
-    yield Used(EXTRACTIVE if chat is None else chat.model, usage, citations.cited)
+    yield Used(EXTRACTIVE if chat is None else chat.model, usage, citations.cited, citations.miscited)
 
 
 async def _said(text: str) -> AsyncGenerator[str | Usage]:

@@ -1,6 +1,6 @@
 """The register of tenants and keys: made, listed, limited, struck off.
 
-All of it is done by functions of the database (revision 0008), which ask for the hash of an admin key unless it is the owner
+All of it is done by functions of the database (revision 0010), which ask for the hash of an admin key unless it is the owner
 who calls. So the statements are the same on the command line, as the owner, and behind the API, as pgrecall_app.
 """
 

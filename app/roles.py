@@ -4,16 +4,21 @@ Roles belong to the cluster, not to a database: `pgrecall roles` prints or appli
 administrator; migrations only grant to the roles. Everything here may be run again.
 """
 
+from collections.abc import Sequence
+
 from psycopg import sql
 
 APP = "pgrecall_app"
 WORKER = "pgrecall_worker"
 BACKUP = "pgrecall_backup"
+ANALYST = "pgrecall_analyst"
+LONGEST_NAME = 64
+"""PostgreSQL cuts names to fewer bytes than this."""
 
 ROLES = {
     APP: "What the service becomes in each transaction: one tenant's rows, read through views, written under policies.",
     WORKER: "Claims pending documents of any tenant, then works as pgrecall_app.",
-    "pgrecall_analyst": "Reads the tables under row-level security: the tenants listed in analyst_tenants.",
+    ANALYST: "Reads the tables under row-level security: the tenants listed in analyst_tenants.",
     BACKUP: "Reads every row of every tenant, for pg_dump.",
 }
 
@@ -48,4 +53,55 @@ def statements(login: str | None = None) -> list[str]:
         made += [
             sql.SQL(_GRANT).format(login_text=sql.Literal(login), role_text=sql.Literal(role)) for role in (APP, WORKER)
         ]
+    return [statement.as_string(None) for statement in made]
+
+
+# What a login needs of its own: settings of a role are not handed on to its members.
+_LOGIN = """\
+do $$ begin
+    create role {login} login;
+exception when duplicate_object or unique_violation then null;
+end $$"""
+_PATH = """\
+do $$
+declare place text := (select n.nspname from pg_extension e join pg_namespace n on n.oid = e.extnamespace
+                        where e.extname = 'vector' and n.nspname <> current_schema);
+begin
+    if place is not null then
+        execute 'alter role ' || quote_ident({text}) || ' in database ' || quote_ident(current_database())
+            || ' set search_path = ' || quote_ident(current_schema) || ', ' || quote_ident(place);
+    end if;
+end $$"""
+
+
+def admission(login: str, tenants: Sequence[str], timeout: float) -> list[str]:
+    """The idempotent SQL that lets a login read these tenants ("*": all) and no others, no statement for over `timeout` s.
+
+    To be run in the database, by who may create roles and write its `analyst_tenants`. Without an iterative scan a
+    nearest-neighbour query of the analyst's own, which the policy filters, could come back short.
+    """
+    name, listed = sql.Identifier(login), sql.Literal(list(tenants))
+    made = [
+        sql.SQL(_LOGIN).format(login=name),
+        sql.SQL("grant {} to {}").format(sql.Identifier(ANALYST), name),
+        sql.SQL("alter role {} set statement_timeout = {}").format(name, sql.Literal(f"{round(1000 * timeout)}ms")),
+        sql.SQL("select '[1]'::vector"),  # loads pgvector, whose setting is not known before
+        sql.SQL("alter role {} set hnsw.iterative_scan = 'strict_order'").format(name),
+        sql.SQL(_PATH).format(text=sql.Literal(login)),
+        sql.SQL("delete from analyst_tenants where analyst = {} and tenant_id <> all ({}::text[])").format(
+            sql.Literal(login), listed
+        ),
+        sql.SQL(
+            "insert into analyst_tenants (analyst, tenant_id) select {}, unnest({}::text[]) on conflict do nothing"
+        ).format(sql.Literal(login), listed),
+    ]
+    return [statement.as_string(None) for statement in made]
+
+
+def dismissal(login: str) -> list[str]:
+    """The SQL that takes every tenant and the role from a login, and leaves the login."""
+    made = [
+        sql.SQL("delete from analyst_tenants where analyst = {}").format(sql.Literal(login)),
+        sql.SQL("revoke {} from {}").format(sql.Identifier(ANALYST), sql.Identifier(login)),
+    ]
     return [statement.as_string(None) for statement in made]

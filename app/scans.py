@@ -32,8 +32,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 
-from app.conditions import Conditions, where
-from app.tables import Kind, Vector, bucket_of, indexed, tenant_documents, tenant_sources
+from app.conditions import VIEWS, Conditions, Relations
+from app.tables import Kind, Vector, bucket_of, indexed
 
 Strategy = Literal["few", "nearest", "exact"]
 
@@ -69,21 +69,23 @@ def index_config(ef_search: int, candidates: int) -> dict[str, str]:
     }
 
 
-def build(strategy: Strategy, conditions: Conditions, wanted: Wanted) -> Select[Any]:
+def build(strategy: Strategy, conditions: Conditions, wanted: Wanted, relations: Relations = VIEWS) -> Select[Any]:
     """One of the three statements. Its parameters: embedding, top_k, candidates (nearest), bound (few), threshold, `where`'s."""
-    near, size = leg(strategy, conditions, wanted)
-    return shown(near, size, wanted)
+    near, size = leg(strategy, conditions, wanted, relations=relations)
+    return shown(near, size, wanted, relations)
 
 
-def leg(strategy: Strategy, conditions: Conditions, wanted: Wanted, limit: str = "top_k") -> tuple[CTE, CTE]:
+def leg(
+    strategy: Strategy, conditions: Conditions, wanted: Wanted, limit: str = "top_k", relations: Relations = VIEWS
+) -> tuple[CTE, CTE]:
     """The `limit` nearest as (id, chunk_key, distance) and, apart, how many `candidates` there were."""
-    chunk = tenant_documents
-    passes = where(conditions)
+    chunk = relations.documents
+    passes = relations.where(conditions)
     distance = chunk.c.embedding.cosine_distance(_query(wanted))
     bound = bindparam("bound", type_=Integer)
     if strategy == "nearest":
-        walked = select(chunk.c.id, chunk.c.chunk_key, distance.label("distance")).where(*passes, _in_bucket())
-        walked = walked.order_by(_by_index(wanted)).limit(bindparam("candidates", type_=Integer))
+        walked = select(chunk.c.id, chunk.c.chunk_key, distance.label("distance")).where(*passes, _in_bucket(relations))
+        walked = walked.order_by(by_index(wanted, relations)).limit(bindparam("candidates", type_=Integer))
         near = walked.cte("near").prefix_with("MATERIALIZED")
         return _best(near, near.c.distance + literal(0.0), wanted, limit), _size(near, _different(near.c.distance))
     # "+ 0" keeps the index away: it is approximate. Shown and sorted by the same expression, it is computed once.
@@ -130,9 +132,9 @@ def _best(
     return best.limit(bindparam(limit, type_=Integer)).cte("hit").prefix_with("MATERIALIZED")
 
 
-def shown(hit: CTE, size: CTE, wanted: Wanted) -> Select[Any]:
+def shown(hit: CTE, size: CTE, wanted: Wanted, relations: Relations = VIEWS) -> Select[Any]:
     """The hits with what a caller sees of a chunk; at least one row, whatever was found: `candidates` stands in each."""
-    chunk, source = tenant_documents, tenant_sources
+    chunk, source = relations.documents, relations.sources
     tenant = bindparam("tenant_id", type_=Text)
     place = func.array_position(source.c.chunk_keys, hit.c.chunk_key)
     similarity = 1 - hit.c.distance
@@ -167,13 +169,13 @@ def _query(wanted: Wanted) -> ColumnElement[Any]:
     return bindparam("embedding", type_=Vector(wanted.dimensions))
 
 
-def _by_index(wanted: Wanted) -> ColumnElement[Any]:
+def by_index(wanted: Wanted, relations: Relations) -> ColumnElement[Any]:
     """What an index of this kind orders by."""
     column, query = (
-        indexed(each, wanted.kind, wanted.dimensions) for each in (tenant_documents.c.embedding, _query(wanted))
+        indexed(each, wanted.kind, wanted.dimensions) for each in (relations.documents.c.embedding, _query(wanted))
     )
     return column.op("<~>" if wanted.kind == "binary" else "<=>", return_type=Float())(query)
 
 
-def _in_bucket() -> ColumnElement[bool]:
-    return bucket_of(tenant_documents.c.tenant_id) == bucket_of(bindparam("tenant_id", type_=Text))
+def _in_bucket(relations: Relations) -> ColumnElement[bool]:
+    return bucket_of(relations.documents.c.tenant_id) == bucket_of(bindparam("tenant_id", type_=Text))

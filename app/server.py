@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import pkgutil
+import resource
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ from litestar import Litestar
 from app import settings as environment
 from app import telemetry
 from app.api.front import Front, hosts
-from app.api.head import KEEP_ALIVE, HeadLimits
+from app.api.head import KEEP_ALIVE, MOST_CONNECTIONS, OTHER_FILES, HeadLimits
 from app.errors import SetupError
 from app.settings import Settings
 
@@ -105,7 +106,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: Litestar, address: str, settings: Settings, on_started: Callable[[], object]) -> None:
         config = uvicorn.Config(
             Front(app, hosts(settings.allowed_hosts, address)),
-            http=partial(HeadLimits, settings.header_timeout, settings.body_timeout),  # type: ignore[arg-type]
+            http=partial(HeadLimits, settings.header_timeout, settings.body_timeout, _most_connections()),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -129,6 +130,19 @@ class Server(uvicorn.Server):
         """Take signals while serving; what comes after is the caller's, who has more to stop than this."""
         with _signals(self.handle_exit):
             yield
+
+
+def _most_connections() -> int:
+    """How many connections fit into the files this process may open, of which it takes as many as it is allowed.
+
+    The usual soft limit of 1,024 is for programs that use select(): a thousand idle clients would keep out all others.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_CONNECTIONS + OTHER_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(soft // 2, min(soft, wanted) - OTHER_FILES)
 
 
 @contextmanager

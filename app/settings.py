@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -52,6 +51,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     database_read_url: Url | None = None
     replica_lag: Annotated[float, Meta(gt=0, le=86_400)] = 10.0
     migration_url: Url | None = None
+    analyst_url: Url | None = None
     data_dir: Annotated[str, Meta(min_length=1)] = ".pgrecall"
 
     openai_api_key: Annotated[str, Meta(min_length=1)] | None = None
@@ -106,6 +106,14 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["lines", "json"] = "lines"
 
+    def __repr__(self) -> str:
+        """Without its secrets: it may stand in a traceback, or in what a debugger prints."""
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """The same for rich."""
+        return [(field.name, masked(field.name, getattr(self, field.name))) for field in msgspec.structs.fields(self)]
+
     @property
     def uses_openai(self) -> bool:
         """Whether texts are embedded by an OpenAI-compatible server rather than by the local model."""
@@ -154,7 +162,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         text = environ.get(name, "").strip()
         if not text:
             continue
-        if field.name in {"database_url", "database_read_url", "migration_url"}:
+        if field.name in {"database_url", "database_read_url", "migration_url", "analyst_url"}:
             text = text.replace("+psycopg://", "://", 1)  # as SQLAlchemy writes it; libpq does not know it
         try:
             values[field.name] = msgspec.convert(text, field.type, strict=False)
@@ -245,6 +253,16 @@ def source(field: str, environ: Mapping[str, str] | None = None) -> str:
     return "environment" if (os.environ if environ is None else environ).get(variable(field), "").strip() else "default"
 
 
+_PASSWORD = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://[^:/?#@]*:)(.+)@", re.DOTALL)
+_PARAMETER = re.compile(r"((?:^|[?&\s])(?:ssl)?password\s*=\s*)([^&]+)")
+"""Passwords in a URL, also in one that is none: whoever writes one wrongly still wrote a password."""
+
+
+def passwords(url: str) -> list[str]:
+    """The passwords in a URL, as they are written."""
+    return [found[2] for pattern in (_PASSWORD, _PARAMETER) for found in pattern.finditer(url)]
+
+
 def masked(field: str, value: Any) -> Any:
     """The value as it may be shown: keys and the passwords inside URLs hidden."""
     if value is None or not isinstance(value, str):
@@ -252,11 +270,5 @@ def masked(field: str, value: Any) -> Any:
     if field in SECRET:
         return "********"
     if "url" in field:
-        value = re.sub(r"([?&]password=)[^&]*", r"\1********", value)
-    if "url" in field and "@" in value:
-        parts = urlsplit(value)
-        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-        host = parts.netloc.rpartition("@")[2]
-        netloc = f"{user}:********@{host}" if password else f"{user}@{host}"
-        return urlunsplit(parts._replace(netloc=netloc))
+        return _PASSWORD.sub(r"\1********@", _PARAMETER.sub(r"\1********", value))
     return value

@@ -5,22 +5,24 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from litestar.datastructures import MutableScopeHeaders
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from msgspec import structs
 
-from app.settings import SECRET, Settings
+from app.settings import SECRET, Settings, passwords
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request being answered, `-` outside of one."""
 
 BLOT = "********"
+SHORT = 3
+"""Characters of a part of a password that is too short to be told from other text."""
 CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "uvicorn", "alembic")
 """Libraries whose info records repeat what we say ourselves."""
 
@@ -52,9 +54,21 @@ def _secrets(settings: Settings) -> Iterator[str]:
         if name in SECRET and value:
             yield value
         elif "url" in name and value:
-            parts = urlsplit(value)
-            for password in (parts.password or "", *re.findall(r"(?:^|&)password=([^&]*)", parts.query)):
-                yield from (password, unquote(password))
+            yield from written(value)
+
+
+def written(url: str) -> Iterator[str]:
+    """The password in a URL as written and as meant, and its parts: of a URL that is none, libpq names one in its complaint."""
+    for password in passwords(url):
+        yield from (password, unquote(password))
+        yield from (part for part in re.split(r"[/?#@:\[\]]", password) if len(part) > SHORT)
+
+
+def blotted(text: str, secrets: Iterable[str]) -> str:
+    """The text without the secrets, and without what is secret of keys of the API. Longest first: a secret that holds another one must go as a whole."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, BLOT)
+    return _KEY.sub(rf"\g<1>{BLOT}", text)
 
 
 class Lines(logging.Formatter):
@@ -66,8 +80,7 @@ class Lines(logging.Formatter):
 
     def __init__(self, secrets: frozenset[str]) -> None:
         super().__init__()
-        # Longest first: a secret that holds another one must go as a whole.
-        self._secrets = sorted(secrets, key=len, reverse=True)
+        self._secrets = secrets
 
     def format(self, record: logging.LogRecord) -> str:
         """One record as one line."""
@@ -87,11 +100,7 @@ class Lines(logging.Formatter):
         }
 
     def _blotted(self, value: Any) -> Any:
-        if isinstance(value, str):
-            for secret in self._secrets:
-                value = value.replace(secret, BLOT)
-            value = _KEY.sub(rf"\g<1>{BLOT}", value)
-        return value
+        return blotted(value, self._secrets) if isinstance(value, str) else value
 
 
 class Objects(Lines):

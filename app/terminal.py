@@ -1,5 +1,6 @@
 """What a person sees: tables, progress bars and problems, on a terminal or piped."""
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,6 +28,15 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys rather than shows: escape sequences, and marks that turn the order of a line around."""
+
+
+def visible(text: str) -> str:
+    """The text with a replacement for each control character but tab and line feed: documents do not steer terminals."""
+    return _UNSEEN.sub("\ufffd", text)
+
+
 def json(value: Any) -> None:
     """One line of JSON on standard output."""
     sys.stdout.write(msgspec.json.encode(value, enc_hook=str).decode() + "\n")
@@ -34,7 +44,7 @@ def json(value: Any) -> None:
 
 def say(text: str) -> None:
     """A sentence for the person, on standard error: standard output is for results."""
-    err.print(escape(text), soft_wrap=True)
+    err.print(escape(visible(text)), soft_wrap=True)
 
 
 def counted(number: int, noun: str) -> str:
@@ -44,11 +54,11 @@ def counted(number: int, noun: str) -> str:
 
 def table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> None:
     """A table; each column is (heading, `left` or `right`)."""
-    made = Table(title=escape(title), title_justify="left", expand=False)
+    made = Table(title=escape(visible(title)), title_justify="left", expand=False)
     for heading, justify in columns:
         made.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(str(cell)) for cell in row))
+        made.add_row(*(escape(visible(str(cell))) for cell in row))
     out.print(made)
 
 

@@ -38,11 +38,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION, TSQUERY, aggregate_order_by
 from sqlalchemy.sql.selectable import LateralFromClause
 
-from app.conditions import Conditions, where
+from app.conditions import VIEWS, Conditions, Relations
 from app.drafts import MAX_QUERY_BYTES, check_text, is_blank
 from app.errors import BadInput
 from app.settings import Settings
-from app.tables import tenant_document_terms, tenant_documents
 
 K1, B = 1.2, 0.75
 
@@ -101,13 +100,13 @@ def values(settings: Settings, question: str, text_k: int, conditions: Condition
     return asked
 
 
-def ranked(conditions: Conditions, question: CTE, name: str = "text_leg") -> CTE:
+def ranked(conditions: Conditions, question: CTE, name: str = "text_leg", relations: Relations = VIEWS) -> CTE:
     """The best `text_k` chunks: id, chunk_key, text_score. For any statement that is run under CONFIG.
 
     `question` is what `words` gives. Parameters: question, text_k, those of `where`, and text_bound where there are
     conditions: up to so many rows that satisfy them are all scored, rather than found by their words.
     """
-    size = _size(conditions) if conditions != Conditions() else None
+    size = _size(conditions, relations) if conditions != Conditions() else None
     first: ColumnElement[float] = question.c.total * _number(FIRST)
     if size is not None:
         first = case((select(size.c.rows).scalar_subquery() <= _bound(), _number(0)), else_=first)
@@ -123,7 +122,7 @@ def ranked(conditions: Conditions, question: CTE, name: str = "text_leg") -> CTE
         .where(question.c.total > 0)
         .cte("pass", recursive=True)
     )
-    found = _found(question, passes, _candidates(conditions, question, passes, size))
+    found = _found(question, passes, _candidates(conditions, question, passes, size, relations))
     last_score = found.c.scores[bindparam("text_k", type_=Integer)]
     lower = question.c.total * func.coalesce(_LOWER[passes.c.step + 1], _number(0))
     passes = passes.union_all(
@@ -161,31 +160,31 @@ def _bound() -> ColumnElement[int]:
     return bindparam("text_bound", type_=Integer)
 
 
-def score_of(met: CTE, question: CTE) -> LateralFromClause:
+def score_of(met: CTE, question: CTE, relations: Relations = VIEWS) -> LateralFromClause:
     """For each chunk of `met` without a text_score its BM25, as `ranked` would give it: `score`; no row where none is due.
 
     `met` has id, chunk_key and text_score. A chunk that a phrase or an exclusion forbids has no score.
     """
-    chunk = tenant_document_terms
+    chunk = relations.terms
     candidate = (
-        select(chunk.c.terms, _norm(question))
+        select(chunk.c.terms, _norm(question, relations))
         .where(
             met.c.text_score.is_(None),
             chunk.c.tenant_id == _tenant,
             chunk.c.id == met.c.id,
             chunk.c.chunk_key == met.c.chunk_key,
-            _allowed(question),
+            _allowed(question, relations),
         )
         .correlate(met, question)
         .offset(0)
         .lateral("candidate")
     )
-    return select(_score().label("score")).select_from(candidate).correlate(met, question).lateral("scored")
+    return select(score().label("score")).select_from(candidate).correlate(met, question).lateral("scored")
 
 
-def words() -> CTE:
+def words(relations: Relations = VIEWS) -> CTE:
     """The question's words with weights and bounds, for `ranked` and `score_of`. Parameters: tenant_id, question."""
-    asked = func.text_question(
+    asked = getattr(func, relations.question)(
         _tenant, bindparam("question", type_=Text), literal(TERMS[-1], Integer), literal(READING, Integer)
     ).table_valued(
         column("terms", ARRAY(Text)),
@@ -201,46 +200,53 @@ def words() -> CTE:
     return select(asked).cte("question").prefix_with("MATERIALIZED")
 
 
-def _size(conditions: Conditions) -> CTE:
-    counted = select(literal(1).label("one")).select_from(tenant_documents).where(*where(conditions))
+def _size(conditions: Conditions, relations: Relations) -> CTE:
+    counted = select(literal(1).label("one")).select_from(relations.documents).where(*relations.where(conditions))
     rows = func.count().label("rows")
     return select(rows).select_from(counted.limit(_bound() + 1).subquery("counted")).cte("text_size")
 
 
-def _candidates(conditions: Conditions, question: CTE, passes: CTE, size: CTE | None) -> LateralFromClause:
+def _candidates(
+    conditions: Conditions, question: CTE, passes: CTE, size: CTE | None, relations: Relations
+) -> LateralFromClause:
     """The chunks one pass scores: id, chunk_key, terms, and `norm`, by which BM25 lets long chunks count less."""
-    chunk, document = tenant_document_terms, tenant_documents
+    chunk, document = relations.terms, relations.documents
     passing = (
-        select(chunk.c.id, chunk.c.chunk_key, chunk.c.terms, _norm(question))
-        .where(chunk.c.tenant_id == _tenant, _allowed(question))
+        select(chunk.c.id, chunk.c.chunk_key, chunk.c.terms, _norm(question, relations))
+        .where(chunk.c.tenant_id == _tenant, _allowed(question, relations))
         .correlate(question, passes)
     )
-    formula = func.text_candidates(question.c.terms, question.c.bounds, passes.c.threshold, question.c.required)
-    holding = func.tenant_terms(chunk.c.tenant_id, chunk.c.terms).op("@@")(formula)
+    if relations.word_index:
+        formula = func.text_candidates(question.c.terms, question.c.bounds, passes.c.threshold, question.c.required)
+        holding = func.tenant_terms(chunk.c.tenant_id, chunk.c.terms).op("@@")(formula)
+    else:  # each row is looked at: by its words as they are, and a phrase's are in `_allowed`
+        queries = cast(question.c.queries, ARRAY(Text))
+        formula = func.text_candidates(queries, question.c.bounds, passes.c.threshold, cast(null(), Text))
+        holding = chunk.c.terms.op("@@")(formula)
     if size is None:
         # OFFSET keeps `norm` from being computed again for every word.
         return passing.where(holding).offset(0).lateral("candidate")
     filtered = passing.select_from(
         chunk.join(document, and_(document.c.id == chunk.c.id, document.c.chunk_key == chunk.c.chunk_key))
-    ).where(*where(conditions))
+    ).where(*relations.where(conditions))
     rows = select(size.c.rows).scalar_subquery()
     return union_all(filtered.where(holding, rows > _bound()), filtered.where(rows <= _bound())).lateral("candidate")
 
 
-def _norm(question: CTE) -> ColumnElement[float]:
-    length = cast(tenant_document_terms.c.length, DOUBLE_PRECISION) / question.c.mean_length
+def _norm(question: CTE, relations: Relations) -> ColumnElement[float]:
+    length = cast(relations.terms.c.length, DOUBLE_PRECISION) / question.c.mean_length
     return (_number(K1 * (1 - B)) + _number(K1 * B) * length).label("norm")
 
 
-def _allowed(question: CTE) -> ColumnElement[bool]:
+def _allowed(question: CTE, relations: Relations) -> ColumnElement[bool]:
     restriction = question.c.restriction
-    return or_(restriction.is_(None), tenant_document_terms.c.terms.op("@@")(restriction))
+    return or_(restriction.is_(None), relations.terms.c.terms.op("@@")(restriction))
 
 
 def _found(question: CTE, passes: CTE, candidate: LateralFromClause) -> LateralFromClause:
     """The best of one pass as three arrays, best first."""
     top = (
-        select(candidate.c.id, candidate.c.chunk_key, _score().label("score"))
+        select(candidate.c.id, candidate.c.chunk_key, score().label("score"))
         .select_from(candidate)
         .correlate(question, passes)
         .order_by(text("score desc"), candidate.c.id, candidate.c.chunk_key)
@@ -264,9 +270,10 @@ def _found(question: CTE, passes: CTE, candidate: LateralFromClause) -> LateralF
     )
 
 
-def _score() -> ColumnElement[float]:
-    score = "0"
+def score() -> ColumnElement[float]:
+    """BM25 of the row `candidate` for the words of the row `question`."""
+    summed = "0"
     for first, last in reversed(list(pairwise((0, *TERMS)))):
         part = " + ".join(TERM_SCORE.format(n=n) for n in range(first + 1, last + 1))
-        score = f"{part} + case when cardinality(question.weights) > {last} then {score} else 0 end"
-    return literal_column(score, DOUBLE_PRECISION)
+        summed = f"{part} + case when cardinality(question.weights) > {last} then {summed} else 0 end"
+    return literal_column(summed, DOUBLE_PRECISION)

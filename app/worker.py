@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 import psycopg
 
-from app import jobs, pending, schema, spaces
+from app import jobs, pending, pruning, schema, spaces
 from app.database import Database, translated
 from app.embedding import Embedder
 from app.errors import BeingErased, DatabaseUnavailable, PgrecallError, SchemaTooOld, TimedOut, Unavailable
@@ -82,7 +82,7 @@ class Worker:
         """Work. Cancelled, it stops at once and gives back what it has in hand."""
         tasks = [asyncio.create_task(each()) for each in (self._rounds, self._renew, self._report)]
         if not self.once:
-            tasks.append(asyncio.create_task(self._listen()))
+            tasks += [asyncio.create_task(each()) for each in (self._listen, self._prune)]
         log.info("worker %s begins", self.name)
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -278,6 +278,18 @@ class Worker:
                 )
             await asyncio.sleep(jobs.jittered(delay))
             delay = min(delay * 2, LONGEST_PAUSE)
+
+    async def _prune(self) -> None:
+        """Every hour keep the caches of tenants to which nobody writes within their bounds."""
+        while True:
+            await asyncio.sleep(jobs.jittered(pruning.EVERY))
+            try:
+                removed = await pruning.everywhere(self.database, self.settings, self.only)
+            except PgrecallError as error:
+                log.warning("caches were not pruned, the next hour will try: %s", error)
+            else:
+                if removed:
+                    log.info("worker %s pruned %d cached vectors", self.name, removed)
 
     async def _report(self) -> None:
         said = _said(self.counts)

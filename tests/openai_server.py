@@ -254,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "status":
             return fault.status, _error(f"upstream secret detail, status {fault.status}")
         if self.fake.key is not None and self.headers["Authorization"] != f"Bearer {self.fake.key}":
-            return 401, _error("Incorrect API key provided.")
+            return 401, _error(f"Incorrect API key provided: {self.headers['Authorization']}.")  # as some do
         if self.fake.models is not None and body["model"] not in self.fake.models:
             return 404, _error(f"model {body['model']!r} not found, try pulling it first")
         replies = {

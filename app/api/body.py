@@ -1,6 +1,8 @@
 """Request bodies: read in time and within their limits, decoded to the letter."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from litestar import Request
@@ -13,7 +15,7 @@ from litestar.status_codes import HTTP_400_BAD_REQUEST, HTTP_408_REQUEST_TIMEOUT
 from litestar.types import ASGIApp, Receive, ReceiveMessage, Scope, Send
 
 from app.api import faults, guard
-from app.errors import TooLarge
+from app.errors import TooLarge, Unavailable
 
 
 class StrictRequest(Request[Any, Any, Any]):
@@ -41,10 +43,22 @@ STREAMED = "streamed"
 """In a handler's `opt`: its body may be of any length and take any time, as long as something comes of it."""
 
 
+FREE = 65_536
+"""Bytes of each body that are not counted: small requests are taken while large ones wait."""
+
+MOST_HELD = 256_000_000
+"""Bytes of bodies beyond what is free that a process holds at once: a slow sender's are held until its time is up."""
+
+MOST_STREAMS = 32
+"""Bodies that are streamed to a process at once; each has at most 32 MB in hand."""
+
+
 class BodyGuard(ASGIMiddleware):
     """A body has to arrive whole within `seconds` (408) and within its route's `request_max_body_size` (413).
 
     Of a body that is streamed the next piece has to arrive within `seconds` whenever the route asks for it.
+
+    All bodies together are held to MOST_HELD and MOST_STREAMS (503).
 
     Litestar enforces that size too, by Content-Length and while it reads; it is counted here because its 413 does not
     say what the limit is. The errors are raised where the body is read, so that the one error map answers them.
@@ -54,9 +68,14 @@ class BodyGuard(ASGIMiddleware):
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self._held = 0
+        self._streams = 0
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, next_app: ASGIApp) -> None:
-        """Pass the request on with a guarded `receive`. Raises TooLarge when Content-Length is over the limit."""
+        """Pass the request on with a guarded `receive`.
+
+        Raises TooLarge when Content-Length is over the limit, Unavailable when too many bodies are streamed.
+        """
         handler = scope["route_handler"]
         headers = Headers.from_scope(scope)
         announced = headers.get("content-length", "0")
@@ -71,10 +90,10 @@ class BodyGuard(ASGIMiddleware):
         streamed = bool(handler.opt.get(STREAMED))
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.seconds
-        size, whole = 0, False
+        size, held, whole = 0, 0, False
 
         async def guarded() -> ReceiveMessage:
-            nonlocal size, whole
+            nonlocal size, held, whole
             if whole:
                 return await receive()
             try:
@@ -93,7 +112,30 @@ class BodyGuard(ASGIMiddleware):
             size += len(message["body"])
             if limit is not None and size > limit:
                 raise too_large
+            held = 0 if streamed else self._hold(size, held)
             whole = not message["more_body"]
             return message
 
-        await next_app(scope, guarded, send)
+        with self._streaming() if streamed else nullcontext():
+            try:
+                await next_app(scope, guarded, send)
+            finally:
+                self._held -= held
+
+    def _hold(self, size: int, held: int) -> int:
+        """Count a body of which so much has arrived and `held` bytes are counted; returns how many are then."""
+        counted = max(0, size - FREE)
+        if self._held + counted - held > MOST_HELD:
+            raise Unavailable("too many large bodies are arriving; try again", retry_after=5)
+        self._held += counted - held
+        return counted
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        if self._streams >= MOST_STREAMS:
+            raise Unavailable(f"{MOST_STREAMS} streams of documents are under way; try again", retry_after=5)
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1

@@ -1,4 +1,4 @@
-"""Connections: request heads that come too slowly or are too large, answers that nobody reads."""
+"""Connections: how many, request heads that come too slowly or are too large, answers that nobody reads."""
 
 import asyncio
 from http import HTTPStatus
@@ -10,6 +10,12 @@ from app.api import problems
 MAX_HEAD = 65_536
 """Bytes of a request line with its headers."""
 
+MOST_CONNECTIONS = 10_000
+"""Open connections of a process, each of which takes some 20 kB when nothing is asked over it."""
+
+OTHER_FILES = 128
+"""Files a process may have open beside its connections to clients."""
+
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept; more than the usual 60 of the proxies in front, so that they close first."""
 
@@ -17,13 +23,17 @@ KEEP_ALIVE = 75
 class HeadLimits(HttpToolsProtocol):
     """A uvicorn connection that must bring the head of each request in time and within MAX_HEAD bytes.
 
+    There are at most `most` of them: idle ones make room, and where none is idle a new one gets 503.
+
     One that takes none of an answer for `write_timeout` seconds is cut: what makes the answer waits for it and would
     wait for ever. uvicorn has none of these limits (issue 157 there): its one time-out is for idle connections, and any
     byte ends that.
     """
 
-    def __init__(self, header_timeout: float, write_timeout: float, **given: object) -> None:
+    def __init__(self, header_timeout: float, write_timeout: float, most: int, **given: object) -> None:
         super().__init__(**given)  # type: ignore[arg-type]
+        self._most = most
+        self._idle_since = 0.0
         self._header_timeout = header_timeout
         self._write_timeout = write_timeout
         self._unread: asyncio.TimerHandle | None = None
@@ -34,12 +44,26 @@ class HeadLimits(HttpToolsProtocol):
     def _expect_head(self, seconds: float | None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+        self._idle_since = self.loop.time()
         self._deadline = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Expect the first head."""
+        """Expect the first head. Where there are too many connections, the one that has been idle longest makes room."""
         super().connection_made(transport)
         self._expect_head(self._header_timeout)
+        if len(self.connections) > self._most:
+            idle = [
+                each for each in self.connections if isinstance(each, HeadLimits) and each.idle and each is not self
+            ]
+            if idle:
+                min(idle, key=lambda each: each._idle_since).transport.abort()  # noqa: SLF001  of this class
+            else:
+                self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections are in use; try again")
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered, nor its body awaited."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Expect nothing more."""
@@ -113,6 +137,9 @@ class HeadLimits(HttpToolsProtocol):
         if max(self._told, self._held) > MAX_HEAD:
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             detail = f"request line and headers are too large; allowed: at most {MAX_HEAD} bytes"
+        self._refuse(status, detail)
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
         body = problems.encoded(status, detail)
         self.transport.write(
             f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: {problems.MEDIA_TYPE}\r\n"

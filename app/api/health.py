@@ -44,7 +44,9 @@ class Ready(Struct):
     operation_id="live",
     summary="Is the process alive?",
     tags=["health"],
-    responses={200: ResponseSpec(Live, description="Alive", examples=[Example("alive", value=Live())])},
+    operation_class=operations.Described,
+    responses=problems.documented(always=problems.BARE)
+    | {200: ResponseSpec(Live, description="Alive", examples=[Example("alive", value=Live())])},
 )
 async def live() -> Live:
     """200 as long as the process can answer at all."""
@@ -57,10 +59,10 @@ async def live() -> Live:
     summary="Can it serve?",
     tags=["health"],
     operation_class=operations.Described,
-    responses=problems.documented(keyed=False)
+    responses=problems.documented(always=problems.ANY)
     | {
         200: ResponseSpec(
-            Ready, description="Ready", examples=[Example("ready", value=Ready("0008", "all-MiniLM-L6-v2-int8", 384))]
+            Ready, description="Ready", examples=[Example("ready", value=Ready("0010", "all-MiniLM-L6-v2-int8", 384))]
         )
     },
 )

@@ -24,7 +24,7 @@ data: {"token": "Open Settings"}
 data: {"token": " and choose Security [Source 1]."}
 
 event: usage
-data: {"model": "gpt-4o-mini", "usage": {…}, "cited": [1]}
+data: {"model": "gpt-4o-mini", "usage": {…}, "cited": [1], "miscited": []}
 
 data: [DONE]
 
@@ -35,15 +35,29 @@ _LINES = """\
 """
 _STREAM = """\
 With `"stream": true`, server-sent events: `sources` first, with the sources as in the whole answer; then one without a \
-name for each piece, `{"token": …}`; then `usage`, with `model`, `usage` and `cited`, or `error`, with `title` and \
+name for each piece, `{"token": …}`; then `usage`, with `model`, `usage`, `cited` and `miscited`, or `error`, with `title` and \
 `detail`, where the answer ends unfinished; and `data: [DONE]` last."""
+
+
+def _without_null(schema: Schema) -> None:
+    if schema.one_of:
+        kinds = schema.one_of
+        schema.one_of = [each for each in kinds if not (isinstance(each, Schema) and each.type == OpenAPIType.NULL)]
+    if isinstance(schema.type, list):
+        schema.type = [each for each in schema.type if each != OpenAPIType.NULL]
+    if schema.enum:
+        schema.enum = [each for each in schema.enum if each is not None]
 
 
 @dataclass
 class Described(Operation):
-    """A route of ours: 503 may come with Retry-After."""
+    """A route of ours: 503 may come with Retry-After. A parameter that may be left out is not null: none can be sent."""
 
     def __post_init__(self) -> None:
+        for parameter in self.parameters or ():
+            schema = parameter.schema if isinstance(parameter, Parameter) else None
+            if isinstance(schema, Schema):
+                _without_null(schema)
         self._add("503", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again, where known.")
         self._add("429", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again.")
         self._add("401", "WWW-Authenticate", OpenAPIType.STRING, "Bearer: a key is asked for.")

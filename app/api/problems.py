@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -41,6 +41,10 @@ MEDIA_TYPE = "application/problem+json"
 _IN_THE_LOG = "something unexpected went wrong; the log has it under this request's X-Request-ID"
 _MISSING = re.compile(r"^Missing required \w+ parameter '([^']+)'")
 """Litestar names a missing parameter in its message only."""
+
+
+_NAMES = {"in_state": "state", "if_match": "If-Match", "if_none_match": "If-None-Match"}
+"""Parameters whose names are other ones in Python."""
 
 
 def _type(name: str) -> str:
@@ -101,10 +105,15 @@ def _found(error: HTTPException) -> list[errors.BadInput]:
         return [errors.BadInput(missing[1], "is missing; it is required")]
     listed = error.extra if isinstance(error.extra, list) else []
     return [
-        errors.BadInput(each.get("key", ""), faults.worded(each["message"]))
+        errors.BadInput(_named(each), faults.worded(each["message"]))
         for each in listed
         if isinstance(each, dict) and "message" in each
     ] or [errors.BadInput("", error.detail)]
+
+
+def _named(fault: Mapping[str, Any]) -> str:
+    key: str = fault.get("key", "")
+    return _NAMES.get(key, key)
 
 
 def described(error: Exception) -> "Problem":
@@ -186,27 +195,37 @@ _EXAMPLES: Mapping[HTTPStatus, Problem] = {
         (HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive whole within 60 seconds"),
         (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be application/json, and Content-Type say so"),
         (HTTPStatus.MISDIRECTED_REQUEST, "Host: 'example.com' is not served here"),
+        (
+            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+            "request line and headers are too large; allowed: at most 65536 bytes",
+        ),
         (HTTPStatus.INTERNAL_SERVER_ERROR, _IN_THE_LOG),
     )
 }
 
 BODY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
 """Of routes that take a body."""
-_KEYED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
+KEYED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
 """Of routes that ask for a key."""
-_ANY = (
+BARE = (
     HTTPStatus.BAD_REQUEST,
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.MISDIRECTED_REQUEST,
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.SERVICE_UNAVAILABLE,
+)
+"""Of every route, whatever it does: the server has them before the application, and where it shuts down."""
+ANY = (
+    *BARE,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.GATEWAY_TIMEOUT,
     HTTPStatus.INSUFFICIENT_STORAGE,
 )
+"""Of every route that asks the database."""
 
 
-def documented(*more: HTTPStatus, keyed: bool = True) -> dict[int, ResponseSpec]:
-    """The problems of a route: those of every route, and more. `keyed`: it asks for a key."""
+def documented(*more: HTTPStatus, always: Iterable[HTTPStatus] = (*ANY, *KEYED)) -> dict[int, ResponseSpec]:
+    """The problems of a route: those that it always may have, and more."""
     return {
         status.value: ResponseSpec(
             Problem,
@@ -215,7 +234,7 @@ def documented(*more: HTTPStatus, keyed: bool = True) -> dict[int, ResponseSpec]
             generate_examples=False,
             examples=[Example(status.phrase, value=_EXAMPLES[status])],
         )
-        for status in sorted((*_ANY, *(_KEYED if keyed else ()), *more))
+        for status in sorted((*always, *more))
     }
 
 

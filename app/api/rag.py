@@ -54,13 +54,17 @@ class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults
 
 
 class RagResponse(Struct):
-    """An answer. Every [Source N] in it is one of `sources`; `cited` lists those it uses."""
+    """An answer. Every [Source N] in it is one of `sources`; `cited` lists those it uses.
+
+    `miscited`: numbers that the model cited although there is no such source, taken out of the answer.
+    """
 
     answer: str
     sources: list[Source]
     cited: list[int]
     model: str
     usage: Usage | None
+    miscited: list[int]
 
 
 _ASKED = RagRequest(tenant_id="acme", question="How do I reset my password?", doc_type="faq")
@@ -71,6 +75,7 @@ _ANSWER = RagResponse(
     cited=[1],
     model="gpt-4o-mini",
     usage=Usage(412, 11, 423),
+    miscited=[],
 )
 
 
@@ -132,7 +137,9 @@ async def answer_question(
         )
     answer = await _attended(request, rag.answer(*parts, **options))
     service.limits.spent(caller, answer.usage.total_tokens if answer.usage else 0)
-    return Response(RagResponse(answer.answer, answer.sources, answer.cited, answer.model, answer.usage))
+    return Response(
+        RagResponse(answer.answer, answer.sources, answer.cited, answer.model, answer.usage, answer.miscited)
+    )
 
 
 async def _attended(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:

@@ -34,6 +34,8 @@ from app.outcomes import Outcome
 MEDIA_TYPE = "application/x-ndjson"
 MAX_LINE = 16_000_000
 """Bytes of a line, as of the body that puts one document."""
+LINES_AT_ONCE = 50
+"""After so many lines other requests have their turn."""
 MAX_BUDGET = 10**12
 
 
@@ -225,6 +227,8 @@ async def entries(parts: AsyncIterator[bytes]) -> AsyncGenerator[Entry, None]:
             if place:  # there was an end of line before it
                 if found := _entry(number, size, pieces):
                     yield found
+                if number % LINES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 number, size, pieces = number + 1, 0, []
             size += len(piece)
             if size <= MAX_LINE:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -15,8 +16,9 @@ def app(settings) -> Litestar:
     return create_app(settings)
 
 
-@pytest.fixture
-async def client(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
+@asynccontextmanager
+async def opened(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
+    """The application from start to end, and a client of it."""
     ready, done = asyncio.Event(), asyncio.Event()
 
     async def live() -> None:
@@ -32,7 +34,13 @@ async def client(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
         await life
     # An unexpected error must come out as a problem, so it is not raised into the test.
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as opened:
-        yield opened
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+        yield client
     done.set()
     await life
+
+
+@pytest.fixture
+async def client(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
+    async with opened(app) as client:
+        yield client

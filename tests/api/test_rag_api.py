@@ -87,7 +87,7 @@ async def found(client, **body):
 async def test_an_answer_comes_with_what_it_stands_on(client, corpus, openai):
     openai.answer = "In the settings [Source 1], see also [Source 3]."
     body = await ask(client)
-    assert list(body) == ["answer", "sources", "cited", "model", "usage"]
+    assert list(body) == ["answer", "sources", "cited", "model", "usage", "miscited"]
     assert (body["answer"], body["cited"], body["model"]) == (openai.answer, [1, 3], "gpt-test")
     assert body["sources"] == [{**hit, "source": n} for n, hit in enumerate(await found(client), 1)]
     assert len(body["sources"]) == len(DOCUMENTS)
@@ -141,7 +141,9 @@ async def test_the_threshold_is_cosine_similarity(client, corpus):
 async def test_where_nothing_matches_it_says_so_and_asks_no_model(client, corpus, openai, stream, nothing):
     answer = await ask(client, stream=stream, **nothing)
     if stream:
-        assert answer == Streamed([], [rag.NOTHING_FOUND], "usage", {"model": "gpt-test", "usage": None, "cited": []})
+        assert answer == Streamed(
+            [], [rag.NOTHING_FOUND], "usage", {"model": "gpt-test", "usage": None, "cited": [], "miscited": []}
+        )
     else:
         assert answer == {
             "answer": rag.NOTHING_FOUND,
@@ -149,6 +151,7 @@ async def test_where_nothing_matches_it_says_so_and_asks_no_model(client, corpus
             "cited": [],
             "model": "gpt-test",
             "usage": None,
+            "miscited": [],
         }
     assert openai.chat_calls == []
 
@@ -172,9 +175,9 @@ async def test_the_context_keeps_to_its_budget_and_citations_to_the_context(clie
 async def test_citations_of_what_was_not_given_never_come_out(client, corpus, openai, stream):
     openai.answer = "One [Source 9]. Two [Sources 2, 7]; three [source 0] four [Source 4]. [Source 99"
     answer = await ask(client, stream=stream)
-    text, cited = (answer.text, answer.end["cited"]) if stream else (answer["answer"], answer["cited"])
+    text, end = (answer.text, answer.end) if stream else (answer["answer"], answer)
     assert text == "One. Two [Source 2]; three four [Source 4]."
-    assert cited == [2, 4]
+    assert (end["cited"], end["miscited"]) == ([2, 4], [0, 7, 9, 99])
 
 
 @extractive
@@ -458,8 +461,8 @@ async def test_a_stream_says_what_a_whole_answer_says(served):
     stream = streamed(sent)
     assert stream.text == served.openai.answer == answer["answer"]
     assert stream.sources == answer["sources"]
-    assert (stream.last, list(stream.end)) == ("usage", ["model", "usage", "cited"])
-    assert stream.end == {name: answer[name] for name in ("model", "usage", "cited")}
+    assert (stream.last, list(stream.end)) == ("usage", ["model", "usage", "cited", "miscited"])
+    assert stream.end == {name: answer[name] for name in ("model", "usage", "cited", "miscited")}
     assert stream.end["cited"] == [1, 4]
     assert stream.end["usage"]["total_tokens"] > 100
     assert sent.headers["x-request-id"] == "a-stream"
@@ -592,7 +595,9 @@ async def test_no_connection_is_held_while_streaming(served):
             began = time.monotonic()
             assert len(await found(client, query=QUESTION)) == len(DOCUMENTS)
             assert time.monotonic() - began < 2
-        assert await asyncio.to_thread(served.connections) == [("idle", None)]
+        assert (
+            await asyncio.to_thread(served.connections) == [("idle", None)] * 2
+        )  # one for all, one for whether it is ready
         (call,) = served.openai.chat_calls
         assert not call.ended.is_set()
 
@@ -611,7 +616,9 @@ async def test_many_streams_share_one_connection(served):
         assert [(source["source"], source["id"]) for source in stream.sources] == [(1, f"of-{tenant}")]
         assert stream.text == "one two three [Source 1] four five six seven"
         assert stream.last == "usage"
-    assert await asyncio.to_thread(served.connections) == [("idle", None)]
+    assert (
+        await asyncio.to_thread(served.connections) == [("idle", None)] * 2
+    )  # one for all, one for whether it is ready
 
 
 async def test_a_server_told_to_stop_finishes_its_streams(cluster, template, tmp_path):

@@ -15,11 +15,11 @@ from tests.api.test_documents_api import assert_problem
 from tests.conftest import passwords
 
 
-async def test_ready_names_revision_and_model_and_asks_no_model(client, openai):
+async def test_ready_names_revision_and_model_and_asks_no_model(client, openai, settings):
     response = await client.get("/health/ready")
     assert response.status_code == 200
     assert response.json() == {
-        "revision": schema.REQUIRED,
+        "revision": schema.head(settings),
         "embedding_model": "text-embedding-3-small",
         "embedding_dimensions": 64,
         "replica": None,

@@ -6,6 +6,7 @@ installs, and what needs Docker; tests/unit/test_containers.py holds docs/contai
 """
 
 import contextlib
+import io
 import os
 import re
 import secrets
@@ -33,8 +34,9 @@ VARIES = re.compile(
     r"(?P<moment>\d{4}-\d\d-\d\dT[\d:.]+Z)|(?P<took>[\d.]+ ms|(?<=\"p\d\d\":)[\d.]+|(?<=seconds\": )[\d.]+|(?<=seconds=)[\d.]+)|(?P<number>-?\d+\.\d+)|(?P<left_out>…)"
 )
 PATTERNS = {"moment": r"\S+?Z", "took": r"[\d.]+(?: ms)?", "number": r"(-?\d+\.\d+)", "left_out": r"(?s:.*?)"}
+FOLDED = re.MULTILINE | re.DOTALL
 PROGRESS = re.compile(
-    r"^(?:(?:ingest|compare) \d+ documents|search for \d+ queries|search with other settings|search as served and exactly"
+    r"^(?:(?:ingest|compare) \d+ documents?|search for \d+ queries|search with other settings|search as served and exactly"
     r"|embed with \S+|building \S+|indexes|compare|sources follow) .*\n",
     re.MULTILINE,
 )
@@ -101,7 +103,7 @@ class Shell:
         command.write_text(f'#!/bin/sh\nexec {sys.executable} -m alembic -c {root}/alembic.ini "$@"\n')
         command.chmod(0o755)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))}
-        search = f"{folder}/.venv/bin{os.pathsep}{embedded._binaries()}{os.pathsep}{os.environ['PATH']}"
+        search = f"{folder}/.venv/bin{os.pathsep}{embedded.binaries()}{os.pathsep}{os.environ['PATH']}"
         exported = {**kept, "PATH": search, "COLUMNS": "100"}
         (folder / "exported").write_text("".join(f"export {k}={shlex.quote(v)}\n" for k, v in exported.items()))
 
@@ -311,6 +313,30 @@ def test_the_sql_of_the_documentation_runs_as_the_analyst(shell, root):
         with psycopg.connect(url.replace("analyst@", f"{login}@"), autocommit=True) as analyst:
             for statement in statements:
                 assert statement == grant or analyst.execute(statement).fetchall(), statement
+
+
+@pytest.mark.timeout(300)  # every command is a process
+def test_the_tour_in_sql_gives_what_it_shows(shell, root):
+    page = (root / "docs/sql.md").read_text()
+    shutil.copytree(root / "samples", shell.folder / "samples")
+    (shell.folder / "nearest.sql").write_text(re.search(r"`nearest.sql`:\n\n```text\n(.*?)^```", page, FOLDED)[1])
+    check(shell, page)
+    url = shell.run("pgrecall sql --print-url")[1].strip()
+    queries = re.findall(r"^```sql\n(.*?)^```\n\n```text\n(.*?)^```", page, FOLDED)
+    assert len(queries) == len(blocks(page, "sql"))
+    for query, shown in queries:
+        done = subprocess.run(
+            [shutil.which("psql", path=embedded.binaries()), "-X", "-c", query, url],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert same(shown, done.stdout), query + done.stdout + done.stderr
+    (recipe,) = blocks(page, "python")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(recipe, {"url": url})
+    assert same(re.search(r"It says:\n\n```text\n(.*?)^```", page, FOLDED)[1], said.getvalue())
 
 
 def test_the_readme_is_short_enough_to_read(root):

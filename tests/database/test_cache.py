@@ -20,6 +20,7 @@ from app.errors import BudgetSpent, DatabaseUnavailable, EmbeddingFailed
 from app.meter import Meter
 from app.settings import Settings
 from app.upsert import put
+from app.worker import Worker
 from tests.openai_server import embedding
 
 TEXTS = [f"Text number {number} of those that are asked for." for number in range(120)]
@@ -298,6 +299,24 @@ async def test_rows_that_others_delete_are_not_waited_for(ask, database, setting
         async with asyncio.timeout(10):
             removed = await prune(database, settings, cache_rows=1)
     assert 5 - held <= removed <= 6 - held
+
+
+async def test_a_worker_prunes_the_caches_of_tenants_to_which_nobody_writes(
+    database, settings, embedder, owner, monkeypatch
+):
+    for tenant in ("acme", "idle", "other"):
+        await put(database, embedder, settings, tenant, [Draft("a", f"The only text of {tenant}.")])
+    owner.execute("update embedding_cache set created_at = now() - interval '200 days'")
+    count = "select tenant_id, count(*) from embedding_cache group by 1 order by 1"
+    assert await pruning.everywhere(database, settings, frozenset({"other"})) == 1
+    assert owner.execute(count).fetchall() == [("acme", 1), ("idle", 1)]
+    monkeypatch.setattr(pruning, "EVERY", 0.05)
+    work = asyncio.create_task(Worker(database, embedder, settings).run())
+    async with asyncio.timeout(30):
+        while owner.execute(count).fetchall():  # noqa: ASYNC110 - another task's table has no event to wait for
+            await asyncio.sleep(0.05)
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
 
 
 async def test_most_writes_do_not_prune(database, embedder, settings, monkeypatch):

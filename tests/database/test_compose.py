@@ -43,7 +43,7 @@ def test_the_logins_are_made_once_and_take_new_passwords(root, empty, prefix):
     seen = []
     for owner_password, service_password in [("local-owner", "local-service"), ('it\'s "new" $x', "other \\ one")]:
         environment = connection | {
-            "PATH": f"{embedded._binaries()}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{embedded.binaries()}{os.pathsep}{os.environ['PATH']}",
             "OWNER_PASSWORD": owner_password,
             "SERVICE_PASSWORD": service_password,
         }

@@ -62,6 +62,15 @@ async def test_put_search_delete_and_the_cache_work_and_nothing_stays_on_the_ses
         await put(database, embedder, settings, "acme", drafts)
         walked = await search.search(database, settings, "acme", vectors[7], top_k=1)
         assert (walked.hits[0].id, walked.scan) == ("d007", search.Scan("index", kind=tables.default_kind(dimensions)))
+        with psycopg.connect(settings.migration_url, autocommit=True) as owner:
+            text = "[" + ",".join(map(str, vectors[7])) + "]"
+            asked = "select id, scan from search_documents('acme', %s, 1)"
+            assert owner.execute(asked, (text,)).fetchall() == [("d007", "exact")]
+            # Told that it is large, the tenant has its index walked, which names types and operators of that schema.
+            owner.execute("insert into collection_statistics (tenant_id, chunks, length) values ('acme', 99999, 99999)")
+            assert owner.execute(asked, (text,)).fetchall() == [("d007", "index")]
+            fused = owner.execute("select scan from hybrid_search('acme', 'text', %s, 1)", (text,)).fetchall()
+            assert fused in ([("index",)], [("completed",)])
         await put(database, embedder, settings, "umbra", [Draft("a", "Otters eat fish.")])
         await put(database, embedder, settings, "umbra", [Draft("b", "Otters eat fish.")])
         assert [call.body["input"] for call in openai.calls] == [["Otters eat fish."]]

@@ -117,7 +117,7 @@ def test_the_first_start_makes_a_tuned_database_that_every_client_reaches(tmp_pa
             assert connection.scalar(sqlalchemy.text("select 1")) == 1
         engine.dispose()
         assert asyncio.run(through_asyncpg(server.url())) == 1
-        psql = [embedded._binaries() / "psql", "-Atc", "select 1", server.url()]
+        psql = [embedded.binaries() / "psql", "-Atc", "select 1", server.url()]
         assert subprocess.run(psql, capture_output=True, text=True, check=True).stdout == "1\n"
         for statement in ('create role "a b@c" login', 'create database "d/e?f"'):
             query(server.url(), statement)

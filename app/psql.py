@@ -1,0 +1,149 @@
+"""What `pgrecall sql` and `pgrecall analyst` do: the way in for people who write SQL, and who they are there."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from app import commands, embedded, local, questions, roles, schema, spaces, tenants, terminal
+from app.database import connect
+from app.embedding import Embedder
+from app.errors import BadInput, SetupError
+from app.settings import Settings
+
+
+def open_psql(arguments: Namespace, config: Settings) -> int:
+    """Open psql as the analyst, or as the owner, or print where it would connect. The exit status is psql's."""
+    with schema.provided(config) as ready, _url(config, ready, as_owner=arguments.owner) as url:
+        if arguments.print_url:
+            terminal.out.print(url, markup=False, soft_wrap=True)
+            return 0
+        program = _program()
+        if program is None:
+            terminal.say("there is no psql on this machine; connect with what you have to:")
+            terminal.out.print(url, markup=False, soft_wrap=True)
+            return 0
+        options = [f"--command={each}" for each in arguments.command or ()]
+        options += [f"--file={each}" for each in arguments.file or ()]
+        place, environment = _hidden(url)
+        # psql takes Ctrl-C for the statement that is running; this process is to outlive that.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return subprocess.run([program, *options, place], env=environment, check=False).returncode  # noqa: S603
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _url(config: Settings, ready: Settings, *, as_owner: bool) -> Iterator[str]:
+    """Where to connect. The embedded database is up for as long as this is open."""
+    if config.database_url is None:
+        with contextlib.closing(local.start(config)) as database:
+            yield database.owner_url if as_owner else database.analyst_url
+        return
+    if as_owner and ready.migration_url is None:
+        raise SetupError("--owner: set PGRECALL_MIGRATION_URL to the owner's URL")
+    if not as_owner and ready.analyst_url is None:
+        raise SetupError(
+            "set PGRECALL_ANALYST_URL to the URL of an analyst's login, which `pgrecall analyst` makes; or give --owner"
+        )
+    yield (ready.migration_url if as_owner else ready.analyst_url) or ""
+
+
+def _program() -> str | None:
+    found = shutil.which("psql")
+    if found is None:
+        with contextlib.suppress(SetupError):
+            found = shutil.which("psql", path=embedded.binaries())
+    return found
+
+
+def _hidden(url: str) -> tuple[str, dict[str, str]]:
+    """The URL without its password, which is for the environment: others see a process's arguments."""
+    parts = conninfo_to_dict(url)
+    password = parts.pop("password", None)
+    environment = dict(os.environ)
+    return (
+        (url, environment)
+        if password is None
+        else (
+            make_conninfo(**{name: str(value) for name, value in parts.items()}),
+            environment | {"PGPASSWORD": str(password)},
+        )
+    )
+
+
+def admit(arguments: Namespace, config: Settings) -> int:
+    """Print or apply the SQL that makes a login an analyst's, with its tenants and limit, or takes that back."""
+    if arguments.revoke == bool(arguments.tenant or arguments.all_tenants):
+        raise BadInput("--tenant", "allowed: --tenant (several times), or --all-tenants, or --revoke")
+    if not 0 < len(arguments.login.encode()) < roles.LONGEST_NAME:
+        raise BadInput("login", f"is not allowed; allowed: a name of 1 to {roles.LONGEST_NAME - 1} bytes")
+    named = ["*"] if arguments.all_tenants else [tenants.check(each, "--tenant") for each in arguments.tenant or ()]
+    statements = (
+        roles.dismissal(arguments.login)
+        if arguments.revoke
+        else roles.admission(arguments.login, named, arguments.statement_timeout)
+    )
+    if not arguments.apply:
+        for statement in statements:
+            terminal.out.print(statement + ";", markup=False, soft_wrap=True)
+        return 0
+    with _administrator(arguments.url, config) as url, connect(url) as connection:
+        for statement in statements:
+            try:
+                connection.execute(statement.encode())
+            except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedTable) as error:
+                raise SetupError(
+                    f"{error.diag.message_primary}: this takes a login that may create roles and write analyst_tenants of "
+                    "this database. Hand what `pgrecall analyst` prints to an administrator, or give one's URL with --url"
+                ) from None
+    said = (
+        "reads nothing any more"
+        if arguments.revoke
+        else f"reads {'every tenant' if named == ['*'] else ', '.join(named)}"
+    )
+    terminal.say(f"{arguments.login} {said}")
+    if not arguments.revoke:
+        terminal.say(
+            "where the server asks for passwords, give it one with psql's \\password; then PGRECALL_ANALYST_URL names it for `pgrecall sql`"
+        )
+    return 0
+
+
+@contextmanager
+def _administrator(url: str | None, config: Settings) -> Iterator[str]:
+    if url is not None or config.database_url is not None:
+        yield url or config.migration_url or config.database_url or ""
+        return
+    with schema.provided(config), contextlib.closing(local.start(config)) as database:
+        yield database.admin_url
+
+
+def embed(arguments: Namespace, config: Settings) -> int:
+    """Print the vector of a question as PostgreSQL writes it, for search_documents."""
+    with schema.provided(config) as ready:
+        vector = asyncio.run(_embedded(ready, arguments.query))
+    if arguments.json:
+        terminal.json(vector)
+    else:
+        terminal.out.print(f"[{','.join(map(str, vector))}]", markup=False, soft_wrap=True)
+    return 0
+
+
+async def _embedded(config: Settings, question: str) -> list[float]:
+    async with commands.opened(config) as (database, embedder):
+
+        async def asked(embedder: Embedder) -> list[float]:
+            found: list[float] = (await questions.vector(embedder, question)).tolist()
+            return found
+
+        return await spaces.following(database, config, embedder, asked)

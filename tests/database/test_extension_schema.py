@@ -16,7 +16,7 @@ from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
 from app.errors import SetupError
-from app.local import OWNER, SERVICE
+from app.local import OWNER
 from app.statements import Statement
 from app.upsert import put
 from tests.conftest import DIMENSIONS, settings_for, statements
@@ -45,7 +45,7 @@ def elsewhere(cluster, template, contrib):
 @pytest.fixture
 def settings(cluster, elsewhere, openai):
     return settings_for(
-        cluster.url(elsewhere, SERVICE), openai.url, migration_url=cluster.url(elsewhere, OWNER), exact_rows=100
+        cluster.service(elsewhere), openai.url, migration_url=cluster.url(elsewhere, OWNER), exact_rows=100
     )
 
 
@@ -140,12 +140,15 @@ async def test_the_model_changes_to_another_length(settings, openai):
     try:
         await steps.put(Draft("a", "Otters eat fish."))
         await steps.prepare()
+        await schema.preflight(database)
         await steps.put(Draft("b", "Herons eat frogs."))
         await steps.switch()
+        await schema.preflight(database)
         assert (await steps.find("who eats fish"))[1][0].id == "a"
         await steps.rollback()
         await steps.switch()
         await steps.finish()
+        await schema.preflight(database)
         assert (await steps.find("who eats frogs"))[1][0].id == "b"
         assert command.check(schema.config(settings)) is None
     finally:

@@ -13,5 +13,5 @@ __all__ = ["app", "client"]
 
 @pytest.fixture(scope="module")
 def served(cluster: Cluster, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(cluster, template, tmp_path_factory.mktemp("served")) as served:
+    with serving(cluster, template, tmp_path_factory.mktemp("served"), key_cache=0.1) as served:
         yield served

@@ -59,7 +59,7 @@ def visit(address, folder):
 
 
 def test_a_page_that_does_load_is_noticed(bait, tmp_path):
-    (tmp_path / "page.html").write_text(f"<p>{hostile(bait[0])}")
+    (tmp_path / "page.html").write_text("<p>" + hostile(bait[0]).replace("alert(1)", ""))
     visit(f"file://{tmp_path}/page.html", tmp_path / "profile")
     assert {"/image", "/script", "/frame"} <= set(bait[1])
 

@@ -171,7 +171,7 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
     def worst(name: str) -> str:
         row = max(rows, key=lambda row: row[name])
-        return f"{row[name]:.2f} (at most {MOST:.2f}): {row['tenant']} / {row['filter']}"
+        return f"{row[name]:.3f} (at most {MOST:.3f}): {row['tenant']} / {row['filter']}"
 
     other = [f"{row['tenant']} / {row['filter']}" for row in rows if not row["same_indexes"]]
     return {

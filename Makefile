@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 PIP_AUDIT := 2.10.1
 
-.PHONY: help install demo serve test test-long fuzz lint audit isolation format clean
+.PHONY: help install demo serve test test-long test-pgbouncer fuzz lint audit isolation format clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,13 @@ test: .venv/installed-dev ## everything that guards a change
 
 test-long: .venv/installed-dev ## the long counts: fuzzing, kills
 	THOROUGH=20 $(BIN)/python -m pytest -n $(WORKERS) --timeout 3600
+
+PGBOUNCER ?= $(or $(shell command -v pgbouncer),/usr/sbin/pgbouncer)
+PREPARED ?= 0
+
+test-pgbouncer: .venv/installed-dev ## tests of API and database through PgBouncer (PGBOUNCER=program PREPARED=max_prepared_statements)
+	PGRECALL_TEST_PGBOUNCER=$(PGBOUNCER) PGRECALL_TEST_PGBOUNCER_PREPARED=$(PREPARED) \
+	  $(BIN)/python -m pytest -n $(WORKERS) -m "not long" tests/api tests/database
 
 fuzz: .venv/installed-dev ## schemathesis over the whole API at length, with figures
 	THOROUGH=$(or $(THOROUGH),50) $(BIN)/python -m pytest -s --timeout 7200 tests/hostile/test_fuzz.py

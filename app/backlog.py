@@ -6,8 +6,8 @@ from typing import Any
 
 from psycopg.rows import dict_row
 
-from app import embedding, pending, roles, schema, tenants, terminal, worker
-from app.database import Database, connect
+from app import embedding, pending, schema, tenants, terminal, worker
+from app.database import Database, across
 from app.jobs import Counts
 from app.settings import Settings
 
@@ -72,8 +72,7 @@ def queue(arguments: Namespace, config: Settings) -> int:
 
 
 def _listed(config: Settings, values: dict[str, Any]) -> list[dict[str, Any]]:
-    with connect(config.database_url or "") as connection, connection.transaction():
-        connection.execute("select set_config('role', %s, true)", (roles.WORKER,))
+    with across(config.database_url or "") as connection:
         return connection.cursor(row_factory=dict_row).execute(LISTED, values).fetchall()
 
 

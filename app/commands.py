@@ -34,7 +34,7 @@ from app import (
     terminal,
 )
 from app.conditions import Conditions
-from app.database import Database, connect
+from app.database import Database, across, connect
 from app.embedding import Embedder
 from app.errors import BadInput, SetupError, WrongSetting
 from app.model import Model
@@ -359,8 +359,7 @@ async def _status(config: Settings) -> dict[str, Any]:
 
 def stored(config: Settings) -> list[dict[str, Any]]:
     """How much each tenant has: the rows of STATUS."""
-    with connect(config.database_url or "") as connection, connection.transaction():
-        connection.execute("select set_config('role', %s, true)", (roles.WORKER,))
+    with across(config.database_url or "") as connection:
         return connection.cursor(row_factory=dict_row).execute(STATUS).fetchall()
 
 

@@ -62,7 +62,7 @@ select case when pg_is_in_recovery() then pg_wal_lsn_diff(pg_last_wal_replay_lsn
 
 
 def connect(url: str) -> psycopg.Connection[Any]:
-    """One connection, not pooled, for commands that are no part of the service.
+    """One connection, not pooled, for commands that are no part of the service. Its settings stay: not through a pooler.
 
     Raises DatabaseUnavailable without the driver's words where the server cannot be reached.
     """
@@ -70,6 +70,21 @@ def connect(url: str) -> psycopg.Connection[Any]:
         connection = psycopg.connect(url, autocommit=True, connect_timeout=10)
         connection.execute("set lock_timeout = '4s'")
         return connection
+
+
+@contextmanager
+def across(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A transaction that sees the state of every tenant's documents and no texts, for commands.
+
+    `url` is the service's; nothing is left on the session, which a pooler may give to others.
+    """
+    with translated(), psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        connection.prepare_threshold = None
+        with connection.transaction():
+            settings = {"role": roles.WORKER, "lock_timeout": "4s"}
+            for name, value in settings.items():
+                connection.execute("select set_config(%s, %s, true)", (name, value))
+            yield connection
 
 
 def sync_engine(url: str) -> Engine:

@@ -7,6 +7,7 @@ every search takes two. SQLAlchemy's connection around the driver's stays for wr
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import socket
 import time
@@ -27,9 +28,11 @@ from sqlalchemy.pool import NullPool
 
 from app import roundtrip
 from app.errors import PoolExhausted, TimedOut
-from app.roundtrip import Prepared
+from app.roundtrip import PREPARE_FROM, Prepared
 from app.settings import Settings
 from app.statements import Statement
+
+log = logging.getLogger(__name__)
 
 GRACE = 2.0
 """Seconds beyond PGRECALL_STATEMENT_TIMEOUT after which the server is not waited for any more."""
@@ -115,13 +118,14 @@ class Pool:
                 client_encoding=roundtrip.ENCODING,
             )
             set_json_loads(_decoded, connection)
-            connection.prepare_threshold = 3 if settings.prepared_statements else None
+            connection.prepare_threshold = None  # until it is known what is at the other end
             return connection
 
         self._settings = settings
         self._suspected = float("-inf")
         self._free: list[Lent] = []
         self._open = True
+        self._told = False
         self._turns = asyncio.Semaphore(settings.pool_size)
         self._engine = create_async_engine(
             "postgresql+psycopg://", async_creator=open_connection, poolclass=NullPool, hide_parameters=True
@@ -184,13 +188,25 @@ class Pool:
         driver = (await connection.get_raw_connection()).driver_connection
         if not isinstance(driver, psycopg.AsyncConnection):
             raise TypeError(f"expected a psycopg connection, have {type(driver)}")
-        lent = Lent(connection, driver, Prepared() if self._settings.prepared_statements else None)
+        lent = Lent(connection, driver, None)
         try:
             await lent.look()
+            if self._settings.prepared_statements and await self._prepares(driver):
+                lent.prepared = Prepared()
+                driver.prepare_threshold = PREPARE_FROM
         except BaseException:
             await lent.end()
             raise
         return lent
+
+    async def _prepares(self, driver: psycopg.AsyncConnection[Any]) -> bool:
+        """Whether statements prepared on it are there when they are used."""
+        if not await roundtrip.pooled(driver) or await roundtrip.follows(driver):
+            return True
+        if not self._told:
+            self._told = True
+            log.info("the pooler before the database does not keep track of prepared statements: none are used")
+        return False
 
     async def run(self, config: Mapping[str, str], statements: Sequence[Statement]) -> list[list[dict[str, Any]]]:
         """The rows of each statement, under these settings; a connection that turns out to be dead is replaced once."""

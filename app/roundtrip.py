@@ -6,6 +6,7 @@ are queued, flushed once and answered once. Values are still dumped and loaded b
 """
 
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -49,6 +50,38 @@ def _numbered(sql: str) -> _Numbered:
         return "%" if name is None else f"${names.setdefault(name, len(names) + 1)}"
 
     return _Numbered(_PLACEHOLDER.sub(number, sql).encode(), tuple(names))
+
+
+KEPT = "select name from pg_prepared_statements where statement like '%{mark}%'"
+"""Under which names a statement with this mark, which is the statement itself, is prepared on the session."""
+
+
+async def pooled(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether a pooler stands before the server: what a session is told may reach another one later."""
+    # A pooler's clients are not given the server's process, but something the pooler knows them by.
+    row = await (await connection.execute("select pg_backend_pid()", prepare=False)).fetchone()
+    return row is None or row[0] != connection.info.backend_pid
+
+
+async def follows(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the pooler before the server keeps track of prepared statements, for which it gives them names of its own.
+
+    One that does not would execute what another client has prepared under the same name.
+    """
+    if not psycopg.capabilities.has_send_close_prepared():
+        return False  # without the message, the driver removes them by SQL, in which no pooler translates the name
+    pgconn, name = connection.pgconn, f"pgrecall_{secrets.token_hex(8)}"
+    pgconn.enter_pipeline_mode()
+    pgconn.send_prepare(name.encode(), KEPT.format(mark=name).encode())
+    pgconn.send_query_prepared(name.encode(), [])
+    pgconn.send_close_prepared(name.encode())
+    pgconn.pipeline_sync()
+    results = await connection.wait(_answers(pgconn))
+    pgconn.exit_pipeline_mode()
+    if any(result.status in _FAILED for result in results):
+        return False
+    names = {results[1].get_value(row, 0) for row in range(results[1].ntuples)}
+    return len(names) == 1 and name.encode() not in names
 
 
 class Prepared:

@@ -51,6 +51,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     database_read_url: Url | None = None
     replica_lag: Annotated[float, Meta(gt=0, le=86_400)] = 10.0
     migration_url: Url | None = None
+    listen_url: Url | None = None
     analyst_url: Url | None = None
     data_dir: Annotated[str, Meta(min_length=1)] = ".pgrecall"
 
@@ -160,7 +161,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         text = environ.get(name, "").strip()
         if not text:
             continue
-        if field.name in {"database_url", "database_read_url", "migration_url", "analyst_url"}:
+        if field.name in {"database_url", "database_read_url", "migration_url", "listen_url", "analyst_url"}:
             text = text.replace("+psycopg://", "://", 1)  # as SQLAlchemy writes it; libpq does not know it
         try:
             values[field.name] = msgspec.convert(text, field.type, strict=False)
@@ -177,7 +178,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
     return settings
 
 
-FOREIGN = frozenset({"PGRECALL_TEST_POSTGRES"})
+FOREIGN = frozenset({"PGRECALL_TEST_POSTGRES", "PGRECALL_TEST_PGBOUNCER", "PGRECALL_TEST_PGBOUNCER_PREPARED"})
 """Variables with our prefix that belong to the test suite."""
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 import psycopg
 
-from app import jobs, pending, pruning, schema, spaces
+from app import jobs, pending, pruning, roundtrip, schema, spaces
 from app.database import Database, translated
 from app.embedding import Embedder
 from app.errors import BeingErased, DatabaseUnavailable, PgrecallError, SchemaTooOld, TimedOut, Unavailable
@@ -254,11 +254,12 @@ class Worker:
 
     async def _listen(self) -> None:
         delay = PAUSE
+        url = self.settings.listen_url
         while True:
             try:
                 with translated():
                     connection = await psycopg.AsyncConnection.connect(
-                        self.settings.database_url or "",
+                        url or self.settings.database_url or "",
                         autocommit=True,
                         connect_timeout=5,
                         application_name="pgrecall worker",
@@ -267,6 +268,14 @@ class Worker:
                         keepalives_count=3,
                     )
                     async with connection:
+                        if url is None and await roundtrip.pooled(connection):
+                            log.info(
+                                "worker %s is behind a pooler and looks every %g s; PGRECALL_LISTEN_URL, the server's own "
+                                "address, wakes it at once",
+                                self.name,
+                                self.settings.worker_poll,
+                            )
+                            break
                         await connection.execute(LISTEN.encode())
                         self._woken.set()  # for what was put before
                         delay = PAUSE
@@ -278,6 +287,7 @@ class Worker:
                 )
             await asyncio.sleep(jobs.jittered(delay))
             delay = min(delay * 2, LONGEST_PAUSE)
+        await asyncio.Event().wait()  # `run` ends with the first of its tasks
 
     async def _prune(self) -> None:
         """Every hour keep the caches of tenants to which nobody writes within their bounds."""

@@ -224,13 +224,43 @@ def ingest(results: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def isolation(rows: Sequence[Row]) -> Iterator[str]:
+    """Each tenant and filter, as served beside the owner on the tables."""
+    yield table(
+        [
+            "tenant",
+            "filter",
+            "scan",
+            "served ms",
+            "served p95",
+            "owner ms",
+            "owner p95",
+            "medians",
+            "p95",
+            "same indexes",
+        ],
+        [
+            [
+                row["tenant"],
+                row["filter"],
+                row["strategy"],
+                *(f"{row[way][name]:.2f}" for way in ("served", "owner") for name in ("median_ms", "p95_ms")),
+                f"{row['median_ratio']:.2f}",
+                f"{row['p95_ratio']:.2f}",
+                "yes" if row["same_indexes"] else "no",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _spread(ratios: Sequence[float]) -> str:
     middle = sorted(ratios)[len(ratios) // 2]
     return f"{middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 TABLES: dict[str, Callable[[Any], Iterator[str]]] = {
-    each.__name__: each for each in (searches, peers, http, batch, fusion, growth, quantisation, ingest)
+    each.__name__: each for each in (searches, peers, http, batch, fusion, growth, quantisation, ingest, isolation)
 }
 
 

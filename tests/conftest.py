@@ -1,6 +1,7 @@
 """A real PostgreSQL for every test: the embedded one, a container or a URL, migrated once and cloned per test.
 
-PGRECALL_TEST_POSTGRES: `embedded` (default), `container`, or the URL of a superuser.
+PGRECALL_TEST_POSTGRES: `embedded` (default), `container`, or the URL of a superuser. PGRECALL_TEST_PGBOUNCER: the service
+reaches it through this program (tests/pgbouncer.py).
 """
 
 import contextlib
@@ -23,10 +24,11 @@ from app import embedded, local, schema, spaces
 from app.database import Database
 from app.embedding import Embedder, open_embedder
 from app.settings import Settings
+from tests import pgbouncer
 from tests.openai_server import OpenAIServer
 
 for _name in [name for name in os.environ if name.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))]:
-    if _name != "PGRECALL_TEST_POSTGRES":
+    if not _name.startswith("PGRECALL_TEST_"):
         del os.environ[_name]
 
 THOROUGH = int(os.environ.get("THOROUGH", "1"))
@@ -45,9 +47,10 @@ def openai() -> Iterator[OpenAIServer]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A PostgreSQL server: `admin` is a superuser's URL."""
+    """A PostgreSQL server: `admin` is a superuser's URL. `pooler`: what the service reaches it through."""
 
     admin: str
+    pooler: pgbouncer.Pooler | None = None
 
     def url(self, database: str, user: str | None = None) -> str:
         """The same server, another database or login. Logins made by the tests share the superuser's password."""
@@ -57,6 +60,10 @@ class Cluster:
             _, _, password = netloc.rpartition("@")[0].partition(":")
             netloc = f"{user}{':' + password if password else ''}@{netloc.rpartition('@')[2]}"
         return urlunsplit(parts._replace(netloc=netloc, path=f"/{database}"))
+
+    def service(self, database: str) -> str:
+        """The service's DATABASE_URL for a database."""
+        return self.pooler.url(database, local.SERVICE) if self.pooler else self.url(database, local.SERVICE)
 
 
 def passwords(cluster: Cluster, *logins: str) -> None:
@@ -72,23 +79,34 @@ def passwords(cluster: Cluster, *logins: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(testrun_uid: str) -> Iterator[Cluster]:
-    """The server all tests and all xdist workers share."""
+def cluster(server: str) -> Iterator[Cluster]:
+    """The server all tests share, and the pooler before it where one is wanted."""
+    program = pgbouncer.wanted()
+    if program is None:
+        yield Cluster(server)
+        return
+    with pgbouncer.running(program, server, local.SERVICE, prepared=pgbouncer.prepared()) as pooler:
+        yield Cluster(server, pooler)
+
+
+@pytest.fixture(scope="session")
+def server(testrun_uid: str) -> Iterator[str]:
+    """A superuser's URL on the server all tests and all xdist workers share."""
     kind = os.environ.get("PGRECALL_TEST_POSTGRES", "embedded")
     if kind == "embedded":
         # Not in pytest's folder, of which it keeps only the last three: several runs at once would lose their database.
         data = Path(tempfile.gettempdir(), f"pgrecall-tests-{testrun_uid}")
         with contextlib.closing(embedded.start(data, durable=False)) as server:
-            yield Cluster(server.url())
+            yield server.url()
         if not (data / "postgres/postmaster.pid").exists():
             shutil.rmtree(data, ignore_errors=True)
     elif kind == "container":
         from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415  only this mode needs Docker
 
         with PostgresContainer("pgvector/pgvector:pg18", driver=None) as container:
-            yield Cluster(container.get_connection_url())
+            yield container.get_connection_url()
     else:
-        yield Cluster(kind)
+        yield kind
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +189,7 @@ def owner_url(cluster: Cluster, database_name: str) -> str:
 @pytest.fixture
 def settings(cluster: Cluster, database_name: str, openai: OpenAIServer) -> Settings:
     """Settings of the service on the clone, as its login."""
-    return settings_for(cluster.url(database_name, local.SERVICE), openai.url)
+    return settings_for(cluster.service(database_name), openai.url)
 
 
 @pytest.fixture

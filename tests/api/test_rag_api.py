@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from msgspec.structs import asdict, replace
 
-from app import local, rag
+from app import rag
 from app.settings import variable
 from tests.api.test_documents_api import assert_problem
 from tests.conftest import Cluster, cloned, settings_for
@@ -410,7 +410,7 @@ async def ended(call: Call) -> None:
 def serve(cluster: Cluster, template: str, folder: Path) -> Iterator[Served]:
     errors = folder / "errors"
     with cloned(cluster, template) as name, OpenAIServer() as openai, errors.open("wb") as stderr:
-        settings = settings_for(cluster.url(name, local.SERVICE), openai.url, chat_model="gpt-test", pool_size=1)
+        settings = settings_for(cluster.service(name), openai.url, chat_model="gpt-test", pool_size=1)
         environment = {variable(field): str(value) for field, value in asdict(settings).items() if value is not None}
         with subprocess.Popen(
             [sys.executable, "-m", "app", "serve", "--port", "0"],

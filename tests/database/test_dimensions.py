@@ -10,7 +10,6 @@ from app.conditions import Conditions
 from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
-from app.local import SERVICE
 from app.upsert import put
 from tests.conftest import migrated, settings_for
 
@@ -22,7 +21,7 @@ async def test_put_and_search_at_this_length(cluster, openai, dimensions):
     name = f"long_{dimensions}_{id(openai)}"
     migrated(cluster, name, settings_for(None, openai.url, embedding_dimensions=dimensions))
     settings = settings_for(
-        cluster.url(name, SERVICE), openai.url, embedding_dimensions=dimensions, exact_rows=100, ef_search=200
+        cluster.service(name), openai.url, embedding_dimensions=dimensions, exact_rows=100, ef_search=200
     )
     database, embedder = Database(settings, settings.database_url), open_embedder(settings)
     try:

@@ -16,7 +16,7 @@ from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
 from app.errors import SetupError
-from app.local import OWNER, SERVICE
+from app.local import OWNER
 from app.statements import Statement
 from app.upsert import put
 from tests.conftest import DIMENSIONS, settings_for, statements
@@ -45,7 +45,7 @@ def elsewhere(cluster, template, contrib):
 @pytest.fixture
 def settings(cluster, elsewhere, openai):
     return settings_for(
-        cluster.url(elsewhere, SERVICE), openai.url, migration_url=cluster.url(elsewhere, OWNER), exact_rows=100
+        cluster.service(elsewhere), openai.url, migration_url=cluster.url(elsewhere, OWNER), exact_rows=100
     )
 
 

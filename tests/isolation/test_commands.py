@@ -1,0 +1,129 @@
+"""Every command of the command line: what names a tenant says nothing of another, and touches nothing of it."""
+
+import argparse
+import json
+
+import pytest
+
+from app.__main__ import main
+from app.arguments import parser
+from tests.isolation.routes import IDS, QUESTION
+from tests.isolation.worlds import MARK, VOLATILE, difference
+
+ACME = ("--tenant", "acme", "--json")
+RECIPES: dict[str, list[tuple[str, ...]]] = {
+    "ingest": [
+        ("FILE", *ACME),
+        ("FILE", "--dry-run", *ACME),
+        ("FILE", "--as", "load", "--delete-missing", "--force", *ACME),
+    ],
+    "search": [
+        (question, "--mode", mode, "--top-k", "100", *ACME)
+        for question in (QUESTION, MARK)
+        for mode in ("vector", "text", "hybrid")
+    ],
+    "ask": [(QUESTION, *ACME), (MARK, "--mode", "text", *ACME)],
+    "worker": [("--once", *ACME)],
+    "queue": [ACME, ("--state", "failed", *ACME)],
+    "retry": [*(("--id", f"failed/{name}", *ACME) for name in ("theirs", "nobody", "shared")), ("--all", *ACME)],
+    "evaluate": [("JUDGED", *ACME), ("--ann", "--sample", "10", *ACME)],
+    "erase": [*(("--id", each, "--yes", *ACME) for each in IDS), ("--yes", *ACME)],
+}
+"""Commands that name a tenant."""
+
+ACROSS: dict[str, list[tuple[str, ...]]] = {
+    "queue": [("--json",)],
+    "status": [("--json",)],
+    "index": [("--json",)],
+    "settings": [("--json",)],
+    "migrate": [("--check", "--json")],
+    "roles": [()],
+    "model": [("--json",)],
+    "embed": [(QUESTION, "--json")],
+    "analyst": [("nobody", "--tenant", "acme")],
+    "model plan": [("other-model", "--dimensions", "64", "--json")],
+}
+"""The operator's, who sees that tenants are there, how many documents they have and what went wrong: no documents."""
+
+OTHERWISE: dict[str, str] = {
+    "serve": "its routes are the matrix of test_routes.py",
+    "sql": "psql as an analyst, whose rights are the matrix of test_sql.py",
+    "demo": "serves a database of its own",
+    "model backfill": "the owner's, of all tenants at once; prints counts (tests/cli/test_model_change.py)",
+    "model compare": "prints figures of all tenants at once (tests/cli/test_model_change.py)",
+    "model switch": "the owner's, of all tenants at once; prints figures",
+    "model rollback": "the owner's, of all tenants at once",
+    "model finish": "the owner's, of all tenants at once",
+    "model abandon": "the owner's, of all tenants at once",
+}
+"""Commands that are not run here, and why."""
+
+
+def leaves(made: argparse.ArgumentParser, name: str = "") -> set[str]:
+    """Every command and step that can be run."""
+    found = {name} if made.get_default("run") else set()
+    for action in made._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each, below in action.choices.items():
+                found |= leaves(below, f"{name} {each}".strip())
+    return found
+
+
+def test_every_command_has_a_recipe_or_a_reason():
+    assert leaves(parser()) == RECIPES.keys() | ACROSS.keys() | OTHERWISE.keys()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, answering):
+    """Run a command on a world; its exit status, standard output and standard error."""
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps({"id": each, "content": f"Of {each}."}) + "\n" for each in IDS)
+    )
+    judged = {"query": QUESTION, "expected_doc_ids": ["theirs", "mine", "nobody"]}
+    (tmp_path / "judged.jsonl").write_text(json.dumps(judged) + "\n")
+    places = {"FILE": str(tmp_path / "own.jsonl"), "JUDGED": str(tmp_path / "judged.jsonl")}
+
+    def _run(world, command: str, arguments: tuple[str, ...]) -> tuple[object, ...]:
+        environment = {
+            "DATABASE_URL": world.cluster.service(world.name),
+            "PGRECALL_MIGRATION_URL": world.owner,
+            "OPENAI_API_KEY": "sk-test",
+            "OPENAI_BASE_URL": answering.url,
+            "PGRECALL_EMBEDDING_MODEL": "text-embedding-3-small",
+            "PGRECALL_EMBEDDING_DIMENSIONS": "64",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        try:
+            status = main([*command.split(), *(places.get(each, each) for each in arguments)])
+        except SystemExit as ended:
+            status = ended.code
+        given = capsys.readouterr()
+        said = [VOLATILE.sub("*", each.replace(world.name, "DATABASE")) for each in (given.out, given.err)]
+        return (status, *said)
+
+    return _run
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_a_command_that_names_a_tenant_tells_and_touches_nothing_of_another(pair, run, command):
+    both, alone = pair
+    before = both.foreign()
+    for arguments in RECIPES[command]:
+        given = run(both, command, arguments)
+        assert given[0] in (0, 1, 2), given
+        assert MARK not in str(given[1:]).lower().replace(f'"{MARK}"', ""), arguments
+        assert difference(given, run(alone, command, arguments)) == "", arguments
+    assert both.foreign() == before
+
+
+@pytest.mark.parametrize("command", ACROSS)
+def test_an_operators_command_shows_no_document(pair, run, command):
+    both, _ = pair
+    before = both.foreign()
+    for arguments in ACROSS[command]:
+        given = run(both, command, arguments)
+        assert given[0] in (0, 1, 2), given
+        assert MARK not in str(given[1:]).lower().replace(f"refused {MARK}", ""), arguments
+    assert both.foreign() == before

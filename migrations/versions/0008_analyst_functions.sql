@@ -1153,7 +1153,7 @@ begin
            into measured, different, ids, places, contents, similarities, types, metadatas, moments, offsets, scores, text_scores
           using tenant, query_embedding, top_k, bound, candidates, coalesce(threshold, '-infinity'), doc_types,
                 created_after, created_before, query_text,
-                case when step = 'text' and not by_document then top_k else leg end, 5000,
+                case when step = 'text' and not by_document then top_k else leg end, 2147483646,
                 vector_weight, text_weight, leg;
         ids := array_remove(ids, null);  -- a statement that found nothing gives one row without an id
         if step = 'few' then

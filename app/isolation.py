@@ -26,8 +26,9 @@ CONFIG = {
     "timezone": "UTC",
     "extra_float_digits": "1",
     "quote_all_identifiers": "off",
+    "lock_timeout": "1s",
 }
-"""Settings that PostgreSQL's words depend on."""
+"""Settings that PostgreSQL's words depend on, and how long it may wait to find them."""
 
 MIGRATOR_LOCK = 0x7067726563616C6C  # "pgrecall"
 """Advisory lock of whoever migrates."""
@@ -98,7 +99,7 @@ PREFLIGHT = """
 with migration as materialized (
     select exists (select from pg_locks l join pg_database d on d.oid = l.database and d.datname = current_database()
                     where l.locktype = 'advisory' and l.classid = %(lock_high)s::oid and l.objid = %(lock_low)s::oid
-                      and l.objsubid = 1 and l.granted) as runs
+                      and l.objsubid = 1 and l.granted) or not %(words)s as runs
 ), ours as materialized (
     select oid, rolname::text as name, rolsuper or rolbypassrls as bypasses from pg_roles where rolname = any (%(roles)s::text[])
 ), here as materialized (
@@ -169,18 +170,22 @@ select (select runs from migration) as migrating, current_user as login,
 """Everything the service looks at before it serves, in one statement. Reads catalogues only.
 
 PostgreSQL locks a relation to put its view or policy into words. A migration holds locks of its own, in another order: the
-words are left out while one runs, so that neither waits for the other in a circle.
+words are left out while one runs, so that neither waits for the other in a circle, and where `words` is false.
 """
 
 
-def preflight(relations: Iterable[str] = (), functions: Iterable[str] = ()) -> Statement:
-    """The statement for these relations and functions; for those that the migrations made where none are named."""
+def preflight(relations: Iterable[str] = (), functions: Iterable[str] = (), *, words: bool = True) -> Statement:
+    """The statement for these relations and functions; for those that the migrations made where none are named.
+
+    `words`: look at what views and policies say, which waits for whoever changes them.
+    """
     values = {
         "app": roles.APP,
         "worker": roles.WORKER,
         "backup": roles.BACKUP,
         "roles": list(roles.ROLES),
         "prefix": RUN_PREFIX,
+        "words": words,
         "lock_high": MIGRATOR_LOCK >> 32,
         "lock_low": MIGRATOR_LOCK & 0xFFFFFFFF,
         "relations": sorted(relations) or sorted({*expected().relations, *(table.name for table in bearing())}),
@@ -213,7 +218,7 @@ _COMMANDS = {"*": "ALL", "r": "SELECT", "a": "INSERT", "w": "UPDATE", "d": "DELE
 
 
 def read(row: Mapping[str, Any], revision: str) -> Rules:
-    """What a database has, from a row of PREFLIGHT. Of no revision while a migration runs."""
+    """What a database has, from a row of PREFLIGHT. Of no revision where words were left out."""
     place = row["pgvector"] or "public"
     rights: dict[str, dict[str, dict[str, list[str]]]] = {}
     for name, role, privilege, column in row["rights"] or ():

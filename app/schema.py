@@ -174,14 +174,16 @@ async def preflight(database: Database, *, replica: bool = False) -> str:
     than this release needs, SetupError where the service may not use pgvector.
     """
     unlike: list[isolation.Fault] = []
-    for last in (False, True):  # a migration may have begun or ended in the middle of it: then look again
+    words = True
+    for _ in range(2):  # a migration may have begun or ended in the middle of it: then look again
         try:
             (row,) = await database.fetch_public(
-                isolation.preflight(), as_login=True, replica=replica, config=isolation.CONFIG
+                isolation.preflight(words=words), as_login=True, replica=replica, config=isolation.CONFIG
             )
         except Unavailable as error:
-            if last or type(error) is not Unavailable:
+            if type(error) is not Unavailable or not words:
                 raise
+            words = False  # somebody holds a table for themselves
             continue
         if not any(each["name"] == "sources" for each in row["relations"] or ()):
             raise SchemaTooOld(

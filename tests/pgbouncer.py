@@ -19,8 +19,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import psycopg
 
-SERVER_CONNECTIONS = 3
-"""To each database, which is fewer than clients connect with: whoever comes next meets what the last one left."""
+SERVER_CONNECTIONS = 4
+"""To each database, which is fewer than service, worker and test connect with: whoever comes next meets what is left."""
 
 
 @dataclass(frozen=True)

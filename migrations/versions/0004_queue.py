@@ -1,6 +1,6 @@
 """Documents that wait for their vectors: who works on one, when it became searchable, and indexes that find what waits.
 
-Locks: two columns without a value, a constraint and views, each for a moment; the constraint is then checked against what
+Locks: `sources` and its view, for two columns without a value, a constraint and views, for a moment; the constraint is then checked against what
 is stored, and indexes over the rows that are not ready are built and dropped, beside readers and writers. The previous release works on this
 schema; it leaves the new columns as they are.
 """
@@ -18,7 +18,9 @@ SOURCES = (
 )
 VIEW = "create {} view tenant_sources as select {} from sources where tenant_id = current_setting('pgrecall.tenant_id', true)"
 
+# The view before the table it reads, as its readers lock them: the other way round the two would wait for each other.
 COLUMNS = f"""
+lock table tenant_sources in access exclusive mode;
 alter table sources add column if not exists claimed_by text, add column if not exists ready_at timestamptz;
 alter table sources drop constraint if exists sources_moments_check;
 alter table sources add constraint sources_moments_check check (

@@ -140,12 +140,15 @@ async def test_the_model_changes_to_another_length(settings, openai):
     try:
         await steps.put(Draft("a", "Otters eat fish."))
         await steps.prepare()
+        await schema.preflight(database)
         await steps.put(Draft("b", "Herons eat frogs."))
         await steps.switch()
+        await schema.preflight(database)
         assert (await steps.find("who eats fish"))[1][0].id == "a"
         await steps.rollback()
         await steps.switch()
         await steps.finish()
+        await schema.preflight(database)
         assert (await steps.find("who eats frogs"))[1][0].id == "b"
         assert command.check(schema.config(settings)) is None
     finally:

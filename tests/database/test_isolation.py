@@ -231,6 +231,15 @@ async def test_while_a_migration_runs_nothing_is_put_into_words_and_no_lock_is_w
         await schema.preflight(database)
 
 
+async def test_a_table_that_somebody_holds_for_themselves_is_looked_at_without_its_words(database, owner, owner_url):
+    with psycopg.connect(owner_url) as other:
+        other.execute("lock table embedding_cache in access exclusive mode")
+        await schema.preflight(database)
+        owner.execute("alter table sources disable row level security")
+        with pytest.raises(Unsafe, match="row-level security is off on sources"):
+            await schema.preflight(database)
+
+
 async def test_words_read_while_a_migration_is_committed_are_read_again(database, owner, monkeypatch):
     owner.execute("grant truncate on documents to pgrecall_app")
     real, looks = schema.revision, []

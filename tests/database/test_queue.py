@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from app import documents, pending, questions, roles, search
+from app import documents, local, pending, questions, roles, search
 from app.database import Database
 from app.drafts import Draft
 from app.embedding import open_embedder
@@ -363,7 +363,8 @@ async def test_claims_last_as_long_as_the_work(write, owner, openai, settings):
 
 async def test_a_put_wakes_a_worker_that_would_look_much_later(write, owner, settings, cluster, database_name):
     listening = "select count(*) from pg_stat_activity where datname = %s and query like 'listen%%' and state = 'idle'"
-    async with working(replace(settings, worker_poll=3600)) as task:
+    direct = cluster.url(database_name, local.SERVICE) if cluster.pooler else None
+    async with working(replace(settings, worker_poll=3600, listen_url=direct)) as task:
         with psycopg.connect(cluster.admin, autocommit=True) as admin:
             await until(lambda: admin.execute(listening, (database_name,)).fetchone() == (1,))
         await asyncio.sleep(1)

@@ -1,0 +1,137 @@
+"""Migrations of a database that is being served: no request fails, nobody is unready, nobody waits for long."""
+
+import contextlib
+import itertools
+import secrets
+import subprocess
+import threading
+import time
+
+import psycopg
+import pytest
+from alembic.script import ScriptDirectory
+from psycopg import sql
+
+from app import local, schema
+from tests.conftest import passwords, settings_for
+from tests.migration.traffic import PATIENCE, Traffic, seed, serving
+
+LOCK_TIMEOUT = 4.0
+"""Seconds: what migrations/env.py sets."""
+
+REVISIONS = [
+    script.revision
+    for script in reversed(
+        list(ScriptDirectory.from_config(schema.config(settings_for(None, "http://127.0.0.1:9/v1"))).walk_revisions())
+    )
+]
+UPGRADES = list(itertools.pairwise(REVISIONS))
+
+
+@contextlib.contextmanager
+def reading(url):
+    """Somebody whose transaction has read every table and is left open; a moment before the end it is closed."""
+    with psycopg.connect(url) as reader:
+        tables = reader.execute(
+            "select relname from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r'"
+        ).fetchall()
+        reader.execute(
+            sql.SQL("lock table {} in access share mode").format(
+                sql.SQL(", ").join(sql.Identifier(t) for (t,) in tables)
+            )
+        )
+        yield
+
+
+def in_thread(work):
+    """Start work; its error, or None, is in the list once the thread has ended."""
+    ended = []
+
+    def run():
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  looked at by the caller
+            ended.append(error)
+        else:
+            ended.append(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, ended
+
+
+def migrate_past_a_reader(url, work):
+    """Migrate beside a transaction that was left open: what needs its locks gives up in time; then once more. Whether."""
+    with reading(url):
+        thread, ended = in_thread(work)
+        thread.join(LOCK_TIMEOUT + 3)
+    thread.join(PATIENCE)
+    assert ended, "the migration never ended"
+    if ended[0] is not None:
+        assert ended[0].__cause__.__cause__.orig.sqlstate == "55P03", ended[0]  # lock_timeout, no deadlock
+        work()
+    return ended[0] is not None
+
+
+def code_of(root, revision, folder):
+    """A checkout of the last commit that has the migrations up to this one and no more; skips where there is no history."""
+    if not (root / ".git").exists():
+        pytest.skip("this is no clone: the previous release's code is taken from git")
+    git = ["git", "-C", str(root)]
+    known = [path.name for path in sorted((root / "migrations/versions").glob("*.py")) if path.name[:4] <= revision]
+    commits = [
+        subprocess.check_output([*git, "rev-list", *how, "HEAD"], text=True).split() for how in (["--first-parent"], [])
+    ]
+    for commit in dict.fromkeys(itertools.chain(*commits)):  # what was merged before what was on the way to a merge
+        listed = subprocess.check_output([*git, "ls-tree", "--name-only", commit, "migrations/versions/"], text=True)
+        if [path.rpartition("/")[2] for path in sorted(listed.split()) if path.endswith(".py")] == known:
+            (folder / "code.tar").write_bytes(subprocess.check_output([*git, "archive", commit]))
+            subprocess.run(["tar", "-x", "-C", str(folder), "-f", str(folder / "code.tar")], check=True)
+            return commit[:7]
+    pytest.skip(f"the history has no commit whose newest revision is {revision}")
+    return None
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("served", "following"), [*(pytest.param(*each, marks=pytest.mark.long) for each in UPGRADES[:-1]), UPGRADES[-1]]
+)
+def test_the_previous_releases_code_serves_while_its_database_is_migrated(
+    served, following, cluster, openai, tmp_path, root, capsys
+):
+    """The code whose newest revision was `served`, through the next migration, then through all that came after."""
+    name = f"test_{secrets.token_hex(6)}"
+    local.bootstrap(cluster.admin, name)
+    passwords(cluster)
+    code = tmp_path / "code"
+    code.mkdir()
+    commit = code_of(root, served, code)
+    url = cluster.url(name, local.OWNER)
+    settings = settings_for(None, openai.url, migration_url=url)
+    schema.migrate(settings, served)
+    seed(url)
+    try:
+        with (
+            serving(tmp_path, code, cluster.url(name, local.SERVICE), openai.url) as address,
+            Traffic(address) as traffic,
+        ):
+            traffic.wait(2)
+            usual = traffic.slowest()
+            told = []
+            for revision in dict.fromkeys((following, "head")):
+                began = time.monotonic()
+                waited = migrate_past_a_reader(url, lambda to=revision: schema.migrate(settings, to))
+                traffic.wait(1)
+                told.append((revision, time.monotonic() - began, waited, traffic.slowest(began), len(traffic.faults())))
+            counts = traffic.count()
+    finally:
+        with psycopg.connect(cluster.admin, autocommit=True) as admin:
+            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    with capsys.disabled():
+        for revision, seconds, waited, slowest, failed in told:
+            print(
+                f"\n{commit} at {served} -> {revision}: {seconds:.1f} s, gave up once: {waited}, slowest {slowest:.2f} s "
+                f"(before: {usual:.2f}), {failed} of {sum(counts.values())} failed; {counts}"
+            )
+    assert traffic.faults() == []
+    assert max(slowest for *_, slowest, _ in told) <= LOCK_TIMEOUT + 1 + usual

@@ -38,6 +38,6 @@ asked = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); \
 asked.request('GET', '/health/live'); \
 raise SystemExit(asked.getresponse().status != 200)"]
 # Started without a shell, the process gets SIGTERM itself. It listens on the container's own loopback until told
-# otherwise: there are no API keys yet, and `docker run -p` publishes to every network the machine is in.
+# otherwise: a database without keys asks for none, and `docker run -p` publishes to every network the machine is in.
 ENTRYPOINT ["pgrecall"]
 CMD ["serve"]

@@ -4,8 +4,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from msgspec import UNSET
+
 from app import (
     __version__,
+    admission,
     backlog,
     commands,
     demo,
@@ -13,6 +16,7 @@ from app import (
     floors,
     formats,
     ingest,
+    keys,
     psql,
     scorecard,
     transition,
@@ -51,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
             "Serve the API.",
             "pgrecall serve",
             "pgrecall serve --port 9000 --workers 2",
-            "DATABASE_URL=postgresql://service@db/app pgrecall serve --host 0.0.0.0 --insecure",
+            "DATABASE_URL=postgresql://service@db/app pgrecall serve --host 0.0.0.0",
         )
     )
     demonstrated = command(
@@ -139,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
     indexed.add_argument("--keep", action="store_true", help="do not drop the index used until now")
     _json(indexed)
     _changing(command)
+    _admitting(command)
     _querying(command)
     _json(command("settings", commands.show_settings, "Show every setting and its source.", "pgrecall settings"))
     _json(
@@ -372,6 +377,62 @@ def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
     step("abandon", transition.abandon, "Before a switch: drop the new model's vectors and index.")
 
 
+def _admitting(command: Callable[..., argparse.ArgumentParser]) -> None:
+    def several(name: str, run: Command, summary: str, *examples: str) -> Callable[..., argparse.ArgumentParser]:
+        added = command(name, run, summary, *examples)
+        _json(added)
+        steps = added.add_subparsers(title="steps", metavar="STEP")
+
+        def step(name: str, run: Command, summary: str) -> argparse.ArgumentParser:
+            made: argparse.ArgumentParser = steps.add_parser(name, help=summary, description=summary)
+            made.set_defaults(run=run)
+            _json(made)
+            return made
+
+        return step
+
+    step = several(
+        "tenant",
+        admission.list_tenants,
+        "Register tenants that keys are made for, set their limits, list and delete them.",
+        "pgrecall tenant create acme --max-rows 1000000 --tokens-per-day 5000000",
+        "pgrecall tenant list",
+        "pgrecall tenant delete acme",
+    )
+    made = step("create", admission.create_tenant, "Register a tenant, or set limits of one that is registered.")
+    made.add_argument("tenant", help="its name")
+    made.add_argument("--max-rows", type=_limit, default=UNSET, metavar="N", help="chunks it may have; none: no limit")
+    made.add_argument(
+        "--tokens-per-day", type=_limit, default=UNSET, metavar="N", help="tokens its keys may spend; none: no limit"
+    )
+    step("list", admission.list_tenants, "List the tenants, registered or in use.")
+    gone = step("delete", admission.delete_tenant, "Revoke a tenant's keys, erase all it has, strike it off.")
+    gone.add_argument("tenant", help="its name")
+    gone.add_argument("--yes", action="store_true", help="do not ask")
+
+    step = several(
+        "key",
+        admission.list_keys,
+        "Make, list and revoke the keys of the API.",
+        "pgrecall key create --tenant acme --scope read --scope write",
+        "pgrecall key create --tenant acme --scope read --days 90 --requests-per-minute 600 --name 'the website'",
+        "pgrecall key create --scope admin",
+        "pgrecall key revoke 3fh2k9qa",
+    )
+    made = step("create", admission.create_key, "Make a key. It is shown once and not stored.")
+    made.add_argument("--tenant", help="the only tenant it acts for; without one it administers them all")
+    made.add_argument("--scope", action="append", choices=keys.SCOPES, required=True, help="may be repeated")
+    made.add_argument("--name", help="what it is for")
+    made.add_argument("--days", type=float, metavar="N", help="after which it expires (never)")
+    made.add_argument("--requests-per-minute", type=_whole(1, 10**12), metavar="N", help="(no limit)")
+    made.add_argument("--concurrent-streams", type=_whole(0, 10**12), metavar="N", help="(no limit)")
+    listed = step("list", admission.list_keys, "List the keys, without what is secret of them.")
+    listed.add_argument("--tenant", help="only this tenant's")
+    step("revoke", admission.revoke_key, "Have a key refused from now on.").add_argument(
+        "prefix", help="what stands between pgr_ and the next _"
+    )
+
+
 def _querying(command: Callable[..., argparse.ArgumentParser]) -> None:
     opened = command(
         "sql",
@@ -430,11 +491,19 @@ def _serving(added: argparse.ArgumentParser) -> None:
     worker.add_argument(
         "--without-worker", dest="with_worker", action="store_false", help="leave that to `pgrecall worker`"
     )
-    added.add_argument("--insecure", action="store_true", help="listen on an address others can reach, without keys")
+    added.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen on an address others can reach although the database has no keys",
+    )
 
 
 def _json(added: argparse.ArgumentParser) -> None:
     added.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def _limit(text: str) -> int | None:
+    return None if text == "none" else _whole(0, 10**12)(text)
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

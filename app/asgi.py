@@ -4,29 +4,27 @@ import importlib.util
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from litestar import Litestar, Request, Response, Router
 from litestar.di import Provide
 from litestar.enums import HttpMethod
-from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import SwaggerRenderPlugin
-from litestar.params import QueryParameter
 from litestar.static_files import create_static_files_router
 
 from app import __version__, chat, embedding, rerank, spaces, telemetry, worker
 from app import settings as environment
-from app.api import documents, erasure, health, problems, queue, rag, search, stream
+from app.api import admin, documents, erasure, guard, health, parameters, problems, queue, rag, search, stream
 from app.api.body import BodyGuard, StrictRequest
 from app.api.methods import Heads
 from app.api.paths import RawIds
 from app.api.service import Service
 from app.database import Database
-from app.errors import BadInput, DatabaseUnavailable, SchemaTooOld, SetupError
+from app.errors import DatabaseUnavailable, SchemaTooOld, SetupError
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,7 +43,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
             "DATABASE_URL is not set: set it, or start with `pgrecall serve`, which brings a database along"
         )
     telemetry.set_up(settings)
-    handlers = [
+    handlers: list[HTTPRouteHandler] = [
         search.search_chunks,
         search.search_several,
         rag.answer_question,
@@ -59,7 +57,14 @@ def create_app(settings: Settings | None = None) -> Litestar:
         queue.status,
         queue.retry,
         erasure.erase_tenant,
+        admin.put_tenant,
+        admin.list_tenants,
+        admin.delete_tenant,
+        admin.create_key,
+        admin.list_keys,
+        admin.revoke_key,
     ]
+    guard.check_routes(handlers)
     app = Litestar(
         route_handlers=[
             health.live,
@@ -70,7 +75,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         dependencies={"service": Provide(_service, sync_to_thread=False)},
         lifespan=[partial(_opened, settings=settings)],
         plugins=[problems.plugin],
-        middleware=[BodyGuard(settings.body_timeout)],
+        middleware=[guard.KeyGuard(), BodyGuard(settings.body_timeout)],
         request_class=StrictRequest,
         request_max_body_size=MAX_BODY,
         logging_config=None,  # Litestar's own would replace what telemetry set up: request ids and blotted secrets
@@ -79,6 +84,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
             version=__version__,
             description=_DESCRIPTION,
             use_handler_docstrings=True,
+            components=guard.COMPONENTS,
             path=DOCS,
             render_plugins=[
                 SwaggerRenderPlugin(
@@ -106,32 +112,10 @@ async def _require_ready(request: Request[Any, Any, Any]) -> Response[None] | No
         # Litestar's own answer names the method of the first handler of a path only.
         route = next(r for r in request.app.routes if r.path_format == request.scope["path_template"])
         return Response(None, status_code=204, headers={"Allow": ", ".join(route.methods)})
-    _check_request(request)
+    parameters.check(request)
+    guard.check_tenant(request)
     await _service(request).require_ready()
     return None
-
-
-def _check_request(request: Request[Any, Any, Any]) -> None:
-    # A misspelt filter must not widen a deletion, nor a second tenant_id overrule the one a proxy has looked at.
-    known, has_body = _accepted(request.route_handler)
-    for name in request.query_params:
-        if name not in known:
-            allowed = ", ".join(known) or "none"
-            raise BadInput(name[:60], f"there is no such parameter on this route; allowed: {allowed}")
-        if name != "doc_type" and len(request.query_params.getall(name)) > 1:
-            raise BadInput(name, "is given more than once")
-    # A page of another site can send a body of any other type to a server on this machine.
-    if has_body and request.content_type[0] != "application/json":
-        raise HTTPException("the body must be application/json, and Content-Type say so", status_code=415)
-
-
-@lru_cache(maxsize=100)
-def _accepted(handler: HTTPRouteHandler) -> tuple[list[str], bool]:
-    """The names of a route's query parameters, and whether it takes a body."""
-    parameters = handler.parsed_fn_signature.parameters
-    defined = ((name, each.kwarg_definition) for name, each in parameters.items())
-    known = [given.name or name for name, given in defined if isinstance(given, QueryParameter)]
-    return known, "data" in parameters
 
 
 @asynccontextmanager
@@ -148,8 +132,13 @@ async def _opened(app: Litestar, settings: Settings) -> AsyncIterator[None]:
         stack.push_async_callback(database.close)
         stack.push_async_callback(spaces.close, database)
         app.state.service = service = Service(settings, database, embedder, chat_model, reranker)
+        stack.push_async_callback(service.limits.close)
         try:
             await service.check()
+            if not await service.keys.required():
+                log.warning(
+                    "open mode: the database has no keys, none is asked for, every caller may name every tenant"
+                )
         except (SchemaTooOld, DatabaseUnavailable) as error:
             log.warning("not ready yet: %s", error)
         if settings.with_worker:

@@ -19,6 +19,7 @@ from app import (
     embedding,
     filters,
     indexes,
+    keys,
     local,
     model,
     questions,
@@ -36,7 +37,7 @@ from app import (
 from app.conditions import Conditions
 from app.database import Database, across, connect
 from app.embedding import Embedder
-from app.errors import BadInput, SetupError, WrongSetting
+from app.errors import BadInput, DatabaseUnavailable, SetupError, WrongSetting
 from app.model import Model
 from app.search import Found
 from app.settings import Settings
@@ -65,8 +66,12 @@ async def opened(config: Settings) -> AsyncIterator[tuple[Database, Embedder]]:
 
 def serve(arguments: Namespace, config: Settings) -> int:
     """Serve the API until interrupted."""
-    check_host(arguments.host, insecure=arguments.insecure)
+    if arguments.insecure and config.auth == "auto":
+        config = msgspec.structs.replace(config, auth="insecure")
     with schema.provided(config) as ready:
+        open_mode = _is_open(ready)
+        _check_host(arguments.host, ready, open_mode=open_mode is True)
+        os.environ[settings.variable("auth")] = ready.auth
         # Workers are processes of their own and read their settings from the environment.
         os.environ["DATABASE_URL"] = ready.database_url or ""
         works = config.with_worker or config.database_url is None
@@ -75,8 +80,8 @@ def serve(arguments: Namespace, config: Settings) -> int:
 
         def started(address: str) -> None:
             terminal.say(f"serving on {address}, API docs on {address}/docs (Ctrl-C stops)")
-            if arguments.host != "127.0.0.1" or config.database_url is None:
-                terminal.say("open mode: no keys are asked for, every caller may name every tenant")
+            if open_mode:
+                terminal.say("open mode: no keys are asked for, every caller may name every tenant (docs/keys.md)")
 
         return server.serve(
             "app.asgi:create_app",
@@ -88,17 +93,31 @@ def serve(arguments: Namespace, config: Settings) -> int:
         )
 
 
-def check_host(host: str, *, insecure: bool) -> None:
-    """Raise WrongSetting for an address others can reach, unless that is asked for: there are no keys yet."""
+def _check_host(host: str, config: Settings, *, open_mode: bool) -> None:
+    """Raise WrongSetting for an address others can reach while nobody is asked for a key, unless that is what is wanted."""
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    if not loopback and not insecure:
+    if open_mode and not loopback and config.auth != "insecure":
         raise WrongSetting(
-            f"--host: {host} can be reached by others and there are no keys yet; allowed: 127.0.0.1, ::1, localhost, "
-            "or any address with --insecure behind something that checks who is asking"
+            f"--host: {host} can be reached by others and the database has no keys; make one (`pgrecall tenant create T`, then "
+            "`pgrecall key create --tenant T --scope read --scope write`), or listen on 127.0.0.1, ::1 or localhost, or "
+            "add --insecure behind something that checks who is asking"
         )
+
+
+def _is_open(config: Settings) -> bool | None:
+    """Whether the server will ask for no keys; None where the database cannot say so now, which it will before it serves."""
+    if config.auth == "keys":
+        return False
+    try:
+        with connect(config.database_url or "") as connection, connection.transaction():
+            connection.execute("select set_config('role', %s, true)", (roles.APP,))
+            row = connection.execute(keys.IN_USE.sql.encode()).fetchone()
+            return row is not None and not row[0]
+    except (DatabaseUnavailable, psycopg.Error):
+        return None
 
 
 def migrate(arguments: Namespace, config: Settings) -> int:

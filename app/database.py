@@ -21,6 +21,9 @@ from app import roles
 from app.errors import (
     BeingErased,
     DatabaseUnavailable,
+    NotAllowed,
+    NotAuthenticated,
+    NotRegistered,
     PgrecallError,
     PoolExhausted,
     SchemaTooOld,
@@ -41,6 +44,16 @@ IN_THE_WAY = frozenset({"40001", "40P01", "55P03"})
 
 _OTHER_LENGTH = re.compile(r"different (vector|halfvec) dimensions|expected \d+ dimensions, not \d+")
 """What pgvector says of a vector that has another length than the column."""
+
+_OF_KEYS = re.compile(r"\b(keys_in_use|find_key)\(")
+"""Functions that a database has from revision 0010 on. An operator that is missing has the same SQLSTATE."""
+
+_RAISED: Mapping[str | None, type[PgrecallError]] = {
+    "RK401": NotAuthenticated,
+    "RK403": NotAllowed,
+    "RK404": NotRegistered,
+}
+"""SQLSTATEs that functions of revision 0010 raise, in words of ours."""
 
 SETTLE = 1.0
 """Seconds a write waits while its tenant is being erased before it is told to come again; it holds a connection so long."""
@@ -260,7 +273,13 @@ def translated() -> Iterator[None]:
         raise _ours(error) from error
 
 
-def _ours(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one for each kind of error
+def _ours(error: BaseException | None) -> BaseException:
+    if isinstance(error, psycopg.Error) and (raised := _RAISED.get(error.sqlstate)):
+        return raised(error.diag.message_primary or "")
+    return _by_kind(error)
+
+
+def _by_kind(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one for each kind of error
     match error:
         case psycopg.errors.QueryCanceled():
             return TimedOut("the database did not finish within PGRECALL_STATEMENT_TIMEOUT")
@@ -277,6 +296,8 @@ def _ours(error: BaseException | None) -> BaseException:  # noqa: PLR0911  one f
             )
         case psycopg.errors.UndefinedTable():
             return SchemaTooOld("a table is missing from the database: run `pgrecall migrate`")
+        case psycopg.errors.UndefinedFunction() if _OF_KEYS.search(str(error)):
+            return SchemaTooOld("the database knows no keys: run `pgrecall migrate`")
         case psycopg.errors.ReadOnlySqlTransaction():
             return DatabaseUnavailable("the database takes no writes now; try again")
         case psycopg.errors.OperationalError() if error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "53"):

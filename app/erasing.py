@@ -64,13 +64,13 @@ def _vacuum(config: Settings) -> tuple[float | None, str | None]:
 async def _erase(arguments: Namespace, config: Settings) -> Erased:
     async with commands.opened(config) as (database, _):
         if not arguments.yes:
-            _confirm(arguments.tenant, await erasure.extent(database, arguments.tenant, arguments.id))
+            confirm(arguments.tenant, await erasure.extent(database, arguments.tenant, arguments.id))
         if arguments.id is not None:
             return await erasure.document(database, config, arguments.tenant, arguments.id)
         return await erasure.tenant(database, config, arguments.tenant)
 
 
-def _confirm(tenant_id: str, count: int) -> None:
+def confirm(tenant_id: str, count: int) -> None:
     """Raise BadInput unless somebody types the tenant's name."""
     if not sys.stdin.isatty():
         raise BadInput(

@@ -214,4 +214,11 @@ def remains(tenant_id: str, document_id: str | None = None) -> list[Remains]:
                 f"as the owner: delete its rows there, WHERE tenant_id = '{tenant_id}'",
             )
         )
+        listed.append(
+            Remains(
+                "tenants and api_keys, where the tenant's name, its limits and its keys may stand",
+                "the tenant is deleted; its keys are revoked then, and stay by name",
+                f"pgrecall tenant delete {tenant_id}",
+            )
+        )
     return listed

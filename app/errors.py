@@ -3,7 +3,11 @@
 PgrecallError
 ├── BadInput              the request is at fault: names the field, the fault and what is allowed
 │   └── TooLarge          over a limit that is stated
+├── NotAuthenticated      no key, or none that is valid
+├── NotAllowed            the key does not allow this: its scopes, its tenant
+├── LimitReached          a limit of the key or of its tenant; free again after `retry_after` seconds
 ├── NotFound              no such document in this tenant
+│   └── NotRegistered     no such tenant or key
 ├── VersionConflict       If-Match or If-None-Match does not allow what is stored
 ├── Unavailable           cannot be done now; retry after `retry_after` seconds
 │   ├── DatabaseUnavailable
@@ -54,8 +58,28 @@ class TooLarge(BadInput):
     """A value is over a stated limit."""
 
 
+class NotAuthenticated(PgrecallError):
+    """A valid key is required."""
+
+
+class NotAllowed(PgrecallError):
+    """The key does not allow this."""
+
+
+class LimitReached(PgrecallError):
+    """A limit is reached."""
+
+    def __init__(self, message: str = "", retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class NotFound(PgrecallError):
     """There is no such document in this tenant."""
+
+
+class NotRegistered(NotFound):
+    """There is no such tenant or key."""
 
 
 class VersionConflict(PgrecallError):

@@ -5,7 +5,7 @@ and a fast one has them stored by the hundred. Whoever takes the answers slowly 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ class Feed:
     settings: Settings
     tenant_id: str
     meter: Meter = field(default_factory=Meter)
+    gate: Callable[[], Awaitable[None]] | None = None
+    """Asked before each batch; what it raises ends the stream."""
     stopped: Exception | None = None
     """Why no more was taken, if not because nothing more arrived."""
     _arrived: asyncio.Queue[Entry | None] = field(default_factory=asyncio.Queue)
@@ -138,6 +140,8 @@ class Feed:
 
     async def _outcomes(self, drafts: dict[int, Draft]) -> dict[int, Outcome | PgrecallError]:
         try:
+            if self.gate is not None:
+                await self.gate()
             found = await loading.put_each(
                 self.database, self.embedder, self.settings, self.tenant_id, list(drafts.values()), meter=self.meter
             )

@@ -33,6 +33,8 @@ CONFIG = {
 MIGRATOR_LOCK = 0x7067726563616C6C  # "pgrecall"
 """Advisory lock of whoever migrates."""
 
+HERE = "{schema}"
+
 NAMED = 3
 """Differences that are written out; of the rest only the number is."""
 
@@ -79,6 +81,8 @@ class Rules(msgspec.Struct, frozen=True):
     relations: dict[str, Relation]
     policies: dict[str, Policy]
     functions: dict[str, Function]
+    schema: str = "public"
+    """Where all of it is; stands as HERE in the settings of functions."""
 
 
 class Fault(NamedTuple):
@@ -148,6 +152,8 @@ select (select runs from migration) as migrating, current_user as login,
          where e.extname = 'vector' and r.name = %(app)s and not has_schema_privilege(r.oid, n.oid, 'usage')) as hidden,
        (select quote_ident(n.nspname) from pg_extension e join pg_namespace n on n.oid = e.extnamespace
          where e.extname = 'vector') as pgvector,
+       (select quote_ident(n.nspname) from pg_class c join pg_namespace n on n.oid = c.relnamespace
+         where c.oid = to_regclass('sources')) as schema,
        (select jsonb_agg(jsonb_build_object(
                'name', h.name, 'view', h.view, 'secured', h.relrowsecurity,
                'options', (select jsonb_agg(o order by o) from unnest(h.reloptions) o where o ~ '^(security|check)_'),
@@ -219,7 +225,7 @@ _COMMANDS = {"*": "ALL", "r": "SELECT", "a": "INSERT", "w": "UPDATE", "d": "DELE
 
 def read(row: Mapping[str, Any], revision: str) -> Rules:
     """What a database has, from a row of PREFLIGHT. Of no revision where words were left out."""
-    place = row["pgvector"] or "public"
+    place, schema = row["pgvector"] or "public", row["schema"] or "public"
     rights: dict[str, dict[str, dict[str, list[str]]]] = {}
     for name, role, privilege, column in row["rights"] or ():
         columns = rights.setdefault(_same_words(name, place), {}).setdefault(role, {}).setdefault(privilege, [])
@@ -244,10 +250,14 @@ def read(row: Mapping[str, Any], revision: str) -> Rules:
         policy = Policy(**(each | words | {"command": _COMMANDS[each["command"]]}))
         policies[f"{policy.name} on {policy.table}"] = policy
     functions = {
-        name: Function(definer=each["definer"], config=each["config"] or [], rights=granted.get(name, {}))
+        name: Function(
+            definer=each["definer"],
+            config=[re.sub(rf"(?<=, ){re.escape(schema)}(?=,)", HERE, value) for value in each["config"] or ()],
+            rights=granted.get(name, {}),
+        )
         for name, each in sorted((_same_words(each["name"], place), each) for each in row["functions"] or ())
     }
-    return Rules("" if row["migrating"] else revision, relations, policies, functions)
+    return Rules("" if row["migrating"] else revision, relations, policies, functions, schema)
 
 
 def _privilege(name: str, columns: list[str]) -> str:
@@ -422,7 +432,7 @@ def _functions(rules: Rules, found: Rules) -> Iterator[Fault]:
                 there.definer,
             )
         if there.config != function.config:
-            sets = [f"SET {each.replace('=', ' = ', 1)}" for each in function.config]
+            sets = [f"SET {each.replace('=', ' = ', 1).replace(HERE, found.schema)}" for each in function.config]
             yield Fault(
                 f"the function {name} runs under {', '.join(there.config) or 'no settings of its own'}",
                 "; ".join(f"ALTER ROUTINE {name} {each}" for each in ["RESET ALL", *sets]),

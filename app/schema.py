@@ -27,7 +27,7 @@ from app.tables import Kind
 VERSION_TABLE = "pgrecall_revision"
 """Alembic's table, under a name that leaves a team's own Alembic in the same database alone."""
 
-REQUIRED = "0007"
+REQUIRED = "0010"
 """The oldest revision this release works on. Revisions are numbered, so newer ones compare as greater."""
 
 _INI = Path(__file__).resolve().parent.parent / "alembic.ini"

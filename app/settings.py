@@ -98,6 +98,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pool_timeout: Annotated[float, Meta(gt=0, le=300)] = 5.0
     prepared_statements: bool = True
 
+    auth: Literal["auto", "keys", "insecure"] = "auto"
+    key_cache: Annotated[float, Meta(ge=0, le=60)] = 5.0
     allowed_hosts: Hosts | None = None
     body_timeout: Annotated[float, Meta(gt=0, le=3600)] = 60.0
     header_timeout: Annotated[float, Meta(gt=0, le=60)] = 10.0

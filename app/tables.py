@@ -14,6 +14,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ColumnElement,
+    Date,
     DateTime,
     ForeignKeyConstraint,
     Index,
@@ -451,16 +452,103 @@ analyst_tenants = Table(
     comment="Which tenants' rows a login with the role pgrecall_analyst may read. Filled by the owner.",
 )
 
+tenants = Table(
+    "tenants",
+    metadata,
+    _key("tenant_id", comment="The tenant's name, as in sources."),
+    _moment("created_at", comment="When it was registered."),
+    Column(
+        "max_rows",
+        BigInteger,
+        comment="From so many chunks and pending documents on, keys store no more; null for no limit.",
+    ),
+    Column(
+        "tokens_per_day",
+        BigInteger,
+        comment="Tokens that keys may have embedded and answered with in a day, by UTC; null for no limit.",
+    ),
+    Column("tokens_day", Date, comment="The day that tokens_taken counts."),
+    Column(
+        "tokens_taken",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="Tokens of that day that server processes have taken, in shares.",
+    ),
+    PrimaryKeyConstraint("tenant_id"),
+    CheckConstraint("tenant_id ~ '^[A-Za-z0-9_.:-]{1,128}$'", name="tenant_id"),
+    CheckConstraint("max_rows >= 0", name="max_rows"),
+    CheckConstraint("tokens_per_day >= 0", name="tokens_per_day"),
+    comment="Tenants that keys can be made for, and their limits. A tenant needs no row here where no keys are asked for.",
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _key("prefix", comment="The part of the key that is no secret and names it: pgr_PREFIX_…."),
+    Column("key_hash", LargeBinary, nullable=False, comment="SHA-256 of the whole key."),
+    Column("name", Text, comment="What it is for, in its maker's words."),
+    Column(
+        "scopes",
+        ARRAY(Text),
+        nullable=False,
+        comment="read: search, answer, read documents. write: store and delete them. admin: tenants and keys.",
+    ),
+    Column(
+        "tenant_id",
+        Text(collation="C"),
+        comment="The only tenant it acts for; null for one that administers them all and reads no documents.",
+    ),
+    _moment("created_at", comment="When it was made."),
+    Column("expires_at", DateTime(timezone=True), comment="From then on it is refused; null for never."),
+    Column("revoked_at", DateTime(timezone=True), comment="When it was revoked; null while it is not."),
+    Column("last_used_at", DateTime(timezone=True), comment="When it was used last, to about a minute."),
+    Column("requests_per_minute", BigInteger, comment="Most requests in a minute of the clock; null for no limit."),
+    Column("concurrent_streams", BigInteger, comment="Most streams at once; null for no limit."),
+    Column("minute", DateTime(timezone=True), comment="The minute that requests_taken counts."),
+    Column(
+        "requests_taken",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="Requests of that minute that server processes have taken, in shares.",
+    ),
+    PrimaryKeyConstraint("prefix"),
+    CheckConstraint("prefix ~ '^[a-z0-9]{8}$'", name="prefix"),
+    CheckConstraint("octet_length(key_hash) = 32", name="key_hash"),
+    CheckConstraint("cardinality(scopes) > 0 and scopes <@ array['read', 'write', 'admin']", name="scopes"),
+    CheckConstraint("tenant_id is not null or scopes <@ array['admin']", name="tenant_id"),
+    CheckConstraint("requests_per_minute > 0", name="requests_per_minute"),
+    CheckConstraint("concurrent_streams >= 0", name="concurrent_streams"),
+    comment="Keys of the HTTP API. The keys themselves are not here. Rows stay when a key is revoked, so that a database that ever had keys asks for them.",
+)
+
+key_streams = Table(
+    "key_streams",
+    metadata,
+    _key("prefix", comment="The key."),
+    Column("holder", Uuid, nullable=False, comment="The server process, by an id of its own."),
+    Column("streams", BigInteger, nullable=False, comment="How many it has open."),
+    Column(
+        "expires_at",
+        DateTime(timezone=True),
+        nullable=False,
+        comment="From then on they count no more. The process moves this on while it lives.",
+    ),
+    PrimaryKeyConstraint("prefix", "holder"),
+    comment="How many streams each server process has open with a key that has a limit of them. May be emptied at any time.",
+)
+
 RUN_PREFIX = "pgrecall_run_"
 """What the names of tables begin with that an operation makes at run time, such as a change of the model."""
 
-GRANTS = analyst_tenants
-"""Names tenants and holds nothing of theirs: an erasure leaves it to the owner."""
+GRANTS = (analyst_tenants, tenants, api_keys)
+"""Name tenants and hold nothing of theirs: an erasure leaves them to the owner."""
 
 
 def bearing() -> list[Table]:
     """Every table here that holds tenants' rows, those first that refer to others."""
-    held = [table for table in metadata.sorted_tables if "tenant_id" in table.c and table is not GRANTS]
+    held = [table for table in metadata.sorted_tables if "tenant_id" in table.c and table not in GRANTS]
     return held[::-1]
 
 

@@ -27,6 +27,8 @@ CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "uvicorn", "alem
 """Libraries whose info records repeat what we say ourselves."""
 
 _ACCEPTED = re.compile(r"[\x21-\x7e]{1,128}")
+_KEY = re.compile(r"(pgr_[a-z0-9]{8}_)[A-Za-z0-9]{32}")
+"""A key of the API; its prefix is no secret."""
 _DETAIL = re.compile(r"DETAIL: .*?(?=\n(?:HINT|CONTEXT|QUERY|\[SQL|\(Background|\n|Traceback| *File)|\Z)", re.DOTALL)
 """What PostgreSQL adds to an error: often the row at fault, with the text of a document in it."""
 _PLAIN = re.compile(r"[\x21\x23-\x3c\x3e-\x7e]+")
@@ -63,10 +65,10 @@ def written(url: str) -> Iterator[str]:
 
 
 def blotted(text: str, secrets: Iterable[str]) -> str:
-    """The text without the secrets. Longest first: a secret that holds another one must go as a whole."""
+    """The text without the secrets, and without what is secret of keys of the API. Longest first: a secret that holds another one must go as a whole."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, BLOT)
-    return text
+    return _KEY.sub(rf"\g<1>{BLOT}", text)
 
 
 class Lines(logging.Formatter):

@@ -14,7 +14,7 @@ from litestar.middleware import ASGIMiddleware
 from litestar.status_codes import HTTP_400_BAD_REQUEST, HTTP_408_REQUEST_TIMEOUT
 from litestar.types import ASGIApp, Receive, ReceiveMessage, Scope, Send
 
-from app.api import faults
+from app.api import faults, guard
 from app.errors import TooLarge, Unavailable
 
 
@@ -32,8 +32,11 @@ class StrictRequest(Request[Any, Any, Any]):
         return body
 
     async def json(self) -> Any:
-        """The handler's `data`. Raises BadInput naming the field at fault."""
-        return faults.decoded(await self.body(), self.route_handler.parsed_fn_signature.parameters["data"].annotation)
+        """The handler's `data`, about the tenant of the key. Raises BadInput naming the field at fault, NotAllowed."""
+        kind = self.route_handler.parsed_fn_signature.parameters["data"].annotation
+        data = faults.decoded(await self.body(), kind)
+        guard.settle_tenant(data, guard.caller_of(self))
+        return data
 
 
 STREAMED = "streamed"

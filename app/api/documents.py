@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar import Response, delete, get, post, put
+from litestar import Request, Response, delete, get, post, put
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
@@ -14,7 +14,7 @@ from litestar.params import Body, HeaderParameter, PathParameter, QueryParameter
 from msgspec import Meta, Struct
 
 from app import documents, erasure, tenants, upsert
-from app.api import operations, problems
+from app.api import guard, operations, problems
 from app.api.erasure import Erasure, example, told
 from app.api.paths import decoded
 from app.api.preconditions import Precondition, quoted
@@ -23,11 +23,15 @@ from app.api.service import Service
 from app.documents import Document
 from app.drafts import MAX_ID_BYTES, Draft, check_range, check_text
 from app.errors import BadInput
+from app.keys import Caller
+from app.meter import Meter
 from app.outcomes import Outcome
 from app.tags import tag
 
 MAX_BATCH_BODY = 64_000_000
 MAX_PAGE = 1_000
+BYTES_A_TOKEN = 4
+"""Of text that is embedded later, for a limit of tokens; of English text about right."""
 
 Content = Annotated[str, Meta(description="The text, up to 10 MB; up to 32 kB with an embedding of its own.")]
 Type = Annotated[str | None, Meta(description="A label to filter by, up to 128 bytes.")]
@@ -65,7 +69,7 @@ TenantQuery = Annotated[
 class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One document. What is left out becomes empty; created_at stays."""
 
-    tenant_id: TenantId
+    tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
     content: Content
     title: Title = None
     doc_type: Type = None
@@ -91,7 +95,7 @@ class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True)
 class PutDocuments(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Up to 1,000 documents, written all or none."""
 
-    tenant_id: TenantId
+    tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
     documents: list[Item]
 
 
@@ -220,6 +224,7 @@ def _summary(tenant_id: str, document: Document) -> dict[str, Any]:
 
 async def _put(
     service: Service,
+    caller: Caller | None,
     tenant_id: str,
     drafts: Sequence[Draft],
     expected: Container[str | None] | None = None,
@@ -227,21 +232,34 @@ async def _put(
     wait: bool,
 ) -> list[Outcome]:
     tenants.check(tenant_id)
-    return await upsert.put(
-        service.database,
-        service.embedder,
-        service.settings,
-        tenant_id,
-        drafts,
-        expected=expected,
-        token_limit=service.settings.request_tokens,
-        later=not wait,
-    )
+    await service.limits.storing(caller)
+    meter = Meter()
+    try:
+        outcomes = await upsert.put(
+            service.database,
+            service.embedder,
+            service.settings,
+            tenant_id,
+            drafts,
+            expected=expected,
+            token_limit=service.settings.request_tokens,
+            meter=meter,
+            later=not wait,
+        )
+    finally:
+        service.limits.spent(caller, meter.tokens)
+    # A worker embeds them in nobody's name, so they are charged now, by their size.
+    waiting = {outcome.id for outcome in outcomes if outcome.state == "pending" and outcome.status != "unchanged"}
+    if waiting:
+        sizes = (len(draft.content.encode()) for draft in drafts if draft.id in waiting)
+        service.limits.spent(caller, sum(sizes) // BYTES_A_TOKEN)
+    return outcomes
 
 
 @put(
     "/documents/{document_id:str}",
     operation_id="put_document",
+    **guard.needs("write"),
     summary="Store one document",
     tags=["documents"],
     operation_class=operations.Tagged,
@@ -253,6 +271,7 @@ async def _put(
     },
 )
 async def put_document(
+    request: Request[Any, Any, Any],
     service: NamedDependency[Service],
     document_id: IdPath,
     data: Annotated[PutDocument, Body(examples=[Example("a document", value=_PUT)])],
@@ -264,7 +283,9 @@ async def put_document(
     fields = msgspec.structs.asdict(data)
     tenant_id = fields.pop("tenant_id")
     draft = Draft(id=decoded(document_id), **fields)
-    (outcome,) = await _put(service, tenant_id, [draft], Precondition(if_match, if_none_match), wait=wait)
+    (outcome,) = await _put(
+        service, guard.caller_of(request), tenant_id, [draft], Precondition(if_match, if_none_match), wait=wait
+    )
     status = 202 if outcome.state == "pending" else 201 if outcome.status == "created" else 200
     headers = {"ETag": quoted(tag(outcome.version, outcome.updated_at), outcome.state)}
     return Response(_stored(outcome), status_code=status, headers=headers)
@@ -273,6 +294,7 @@ async def put_document(
 @post(
     "/documents",
     operation_id="put_documents",
+    **guard.needs("write"),
     summary="Store up to 1,000 documents, all or none",
     tags=["documents"],
     status_code=200,
@@ -289,6 +311,7 @@ async def put_document(
     },
 )
 async def put_documents(
+    request: Request[Any, Any, Any],
     service: NamedDependency[Service],
     data: Annotated[
         PutDocuments,
@@ -313,7 +336,7 @@ async def put_documents(
     drafts = [Draft(**msgspec.structs.asdict(item)) for item in data.documents]
     tenants.check(data.tenant_id)
     try:
-        outcomes = await _put(service, data.tenant_id, drafts, wait=wait)
+        outcomes = await _put(service, guard.caller_of(request), data.tenant_id, drafts, wait=wait)
     except BadInput as fault:
         # A put of one document names its fields without the item.
         raise (fault.under("documents[0]") if len(drafts) == 1 else fault) from None
@@ -324,6 +347,7 @@ async def put_documents(
 @get(
     "/documents/{document_id:str}",
     operation_id="get_document",
+    **guard.needs("read"),
     summary="Read one document whole",
     tags=["documents"],
     operation_class=operations.Tagged,
@@ -386,6 +410,7 @@ def _metadata(text: str | None) -> dict[str, Any]:
 @get(
     "/documents",
     operation_id="list_documents",
+    **guard.needs("read"),
     summary="List documents by id",
     tags=["documents"],
     operation_class=operations.Described,
@@ -426,6 +451,7 @@ async def list_documents(
 @delete(
     "/documents/{document_id:str}",
     operation_id="delete_document",
+    **guard.needs("write"),
     summary="Delete one document",
     tags=["documents"],
     status_code=200,
@@ -447,6 +473,7 @@ async def delete_document(
 @delete(
     "/documents",
     operation_id="delete_documents",
+    **guard.needs("write"),
     summary="Delete the documents that match a filter",
     tags=["documents"],
     status_code=200,

@@ -10,7 +10,7 @@ from litestar.params import PathParameter
 from msgspec import Meta, Struct
 
 from app import erasure, tenants
-from app.api import operations, problems
+from app.api import guard, operations, problems
 from app.api.service import Service
 from app.erasure import Erased
 
@@ -63,6 +63,7 @@ def example(document_id: str | None) -> Erasure:
 @delete(
     "/tenants/{tenant_id:str}",
     operation_id="erase_tenant",
+    **guard.needs("admin"),
     summary="Erase a tenant",
     tags=["tenants"],
     status_code=200,

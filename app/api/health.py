@@ -59,10 +59,10 @@ async def live() -> Live:
     summary="Can it serve?",
     tags=["health"],
     operation_class=operations.Described,
-    responses=problems.documented()
+    responses=problems.documented(always=problems.ANY)
     | {
         200: ResponseSpec(
-            Ready, description="Ready", examples=[Example("ready", value=Ready("0007", "all-MiniLM-L6-v2-int8", 384))]
+            Ready, description="Ready", examples=[Example("ready", value=Ready("0010", "all-MiniLM-L6-v2-int8", 384))]
         )
     },
 )

@@ -59,6 +59,12 @@ class Described(Operation):
             if isinstance(schema, Schema):
                 _without_null(schema)
         self._add("503", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again, where known.")
+        self._add("429", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again.")
+        self._add("401", "WWW-Authenticate", OpenAPIType.STRING, "Bearer: a key is asked for.")
+        for parameter in self.parameters or ():
+            if isinstance(parameter, Parameter) and (parameter.name, parameter.param_in) == ("tenant_id", "query"):
+                parameter.required = False
+                parameter.description = f"{parameter.description} May be left out with a key, which names it."
 
     def _response(self, status: str) -> OpenAPIResponse | None:
         found = (self.responses or {}).get(status)

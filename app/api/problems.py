@@ -14,7 +14,7 @@ from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetail
 from litestar.types import Send
 from msgspec import Struct
 
-from app import errors
+from app import errors, keys
 from app.api import faults
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ STATUS: Mapping[type[errors.PgrecallError], HTTPStatus] = {
     errors.BadInput: HTTPStatus.BAD_REQUEST,
     errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.BudgetSpent: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.NotAuthenticated: HTTPStatus.UNAUTHORIZED,
+    errors.NotAllowed: HTTPStatus.FORBIDDEN,
+    errors.LimitReached: HTTPStatus.TOO_MANY_REQUESTS,
     errors.NotFound: HTTPStatus.NOT_FOUND,
     errors.VersionConflict: HTTPStatus.PRECONDITION_FAILED,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -51,8 +54,16 @@ def _type(name: str) -> str:
 def _ours(error: errors.PgrecallError) -> ProblemDetailsException:
     if isinstance(error, errors.BadInput):
         return _refused([error])
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, errors.Unavailable) else None
-    return _problem(error, str(error), headers)
+    return _problem(error, str(error), _headers(error))
+
+
+def _headers(error: errors.PgrecallError) -> dict[str, str] | None:
+    match error:
+        case errors.Unavailable() | errors.LimitReached():
+            return {"Retry-After": str(error.retry_after)}
+        case errors.NotAuthenticated():
+            return {"WWW-Authenticate": 'Bearer realm="pgrecall"'}
+    return None
 
 
 def _refused(found: list[errors.BadInput]) -> ProblemDetailsException:
@@ -167,6 +178,9 @@ _EXAMPLES: Mapping[HTTPStatus, Problem] = {
     status: _sample(status, error)
     for status, error in (
         (HTTPStatus.BAD_REQUEST, errors.BadInput("top_k", "is 500; allowed: 1 to 100")),
+        (HTTPStatus.UNAUTHORIZED, errors.NotAuthenticated(keys.REFUSED)),
+        (HTTPStatus.FORBIDDEN, errors.NotAllowed("this needs a key with the scope write; this key has read")),
+        (HTTPStatus.TOO_MANY_REQUESTS, errors.LimitReached("600 requests a minute are what this key may make")),
         (HTTPStatus.NOT_FOUND, errors.NotFound("there is no document 'faq/password' in tenant 'acme'")),
         (HTTPStatus.PRECONDITION_FAILED, errors.VersionConflict()),
         (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, errors.TooLarge("id", "is 600 bytes; allowed: 1 to 512 bytes in UTF-8")),
@@ -191,6 +205,8 @@ _EXAMPLES: Mapping[HTTPStatus, Problem] = {
 
 BODY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
 """Of routes that take a body."""
+KEYED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
+"""Of routes that ask for a key."""
 BARE = (
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.MISDIRECTED_REQUEST,
@@ -199,7 +215,7 @@ BARE = (
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
 """Of every route, whatever it does: the server has them before the application, and where it shuts down."""
-_ANY = (
+ANY = (
     *BARE,
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     HTTPStatus.GATEWAY_TIMEOUT,
@@ -208,7 +224,7 @@ _ANY = (
 """Of every route that asks the database."""
 
 
-def documented(*more: HTTPStatus, always: Iterable[HTTPStatus] = _ANY) -> dict[int, ResponseSpec]:
+def documented(*more: HTTPStatus, always: Iterable[HTTPStatus] = (*ANY, *KEYED)) -> dict[int, ResponseSpec]:
     """The problems of a route: those that it always may have, and more."""
     return {
         status.value: ResponseSpec(

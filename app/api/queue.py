@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated
 
+import msgspec
 from litestar import get, post
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
@@ -11,7 +12,7 @@ from litestar.params import Body
 from msgspec import Meta, Struct
 
 from app import pending, tenants
-from app.api import operations, problems
+from app.api import guard, operations, problems
 from app.api.documents import TenantQuery
 from app.api.search import TenantId
 from app.api.service import Service
@@ -39,7 +40,7 @@ class Status(Struct, kw_only=True):
 class Retry(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Which documents that were given up are to be tried again: these, or all."""
 
-    tenant_id: TenantId
+    tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
     ids: Annotated[list[str] | None, Meta(description=f"1 to {MAX_BATCH:,} ids.")] = None
     all: Annotated[bool, Meta(description="Every one of the tenant.")] = False
 
@@ -65,6 +66,7 @@ _STATUS = Status(
 @get(
     "/status",
     operation_id="status",
+    **guard.needs("read"),
     summary="How much a tenant has and how much of it waits",
     tags=["queue"],
     operation_class=operations.Described,
@@ -90,6 +92,7 @@ async def status(service: NamedDependency[Service], tenant_id: TenantQuery) -> S
 @post(
     "/queue/retry",
     operation_id="retry",
+    **guard.needs("write"),
     summary="Try documents that were given up again",
     tags=["queue"],
     status_code=200,

@@ -1,8 +1,9 @@
 """`POST /rag`: an answer from the documents with `[Source N]` citations, whole or streamed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -18,8 +19,8 @@ from litestar.params import Body
 from litestar.response import Stream
 from msgspec import Meta, Struct
 
-from app import questions, rag, search, spaces, text
-from app.api import operations, problems
+from app import questions, rag, search, spaces, tenants, text
+from app.api import guard, operations, problems
 from app.api.search import FOUND, After, Before, DocType, Metadata, Rerank, TenantId, Threshold, TopK, asked, stage
 from app.api.service import Service
 from app.chat import Usage
@@ -36,7 +37,7 @@ T = TypeVar("T")
 class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A question, and what may be used to answer it."""
 
-    tenant_id: TenantId
+    tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
     question: str
     system_prompt: Annotated[str | None, Meta(description="Replaces the default instructions to the chat model.")] = (
         None
@@ -81,6 +82,7 @@ _ANSWER = RagResponse(
 @post(
     "/rag",
     operation_id="rag",
+    **guard.needs("read"),
     summary="Answer a question from the documents",
     tags=["rag"],
     status_code=200,
@@ -102,6 +104,10 @@ async def answer_question(
     reranking = stage(service.reranker, data.rerank, data.question)
     if data.system_prompt is not None:
         check_text("system_prompt", data.system_prompt, 1, MAX_PROMPT_BYTES)
+    caller = guard.caller_of(request)
+    await service.limits.embedding(caller)
+    if data.stream:
+        await guard.open_stream(request, service)
 
     async def searched(embedder: Embedder) -> tuple[Embedder, Found]:
         vector = await _attended(request, _question(embedder, data))
@@ -125,11 +131,12 @@ async def answer_question(
     options: dict[str, Any] = {"system_prompt": data.system_prompt, "settings": service.settings}
     if data.stream:
         return Stream(
-            _sent(rag.stream(*parts, **options)),
+            _sent(rag.stream(*parts, **options), partial(service.limits.spent, caller)),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
     answer = await _attended(request, rag.answer(*parts, **options))
+    service.limits.spent(caller, answer.usage.total_tokens if answer.usage else 0)
     return Response(
         RagResponse(answer.answer, answer.sources, answer.cited, answer.model, answer.usage, answer.miscited)
     )
@@ -159,9 +166,11 @@ async def _question(embedder: Embedder, data: RagRequest) -> npt.NDArray[np.floa
     return vector
 
 
-async def _sent(events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:
+async def _sent(events: AsyncGenerator[Event], spent: Callable[[int], None]) -> AsyncGenerator[bytes]:
     async with aclosing(events):
         async for event in events:
+            if isinstance(event, Used) and event.usage:
+                spent(event.usage.total_tokens)
             yield _frame(event)
 
 

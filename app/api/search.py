@@ -7,6 +7,7 @@ from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from litestar import post
@@ -17,7 +18,7 @@ from litestar.params import Body
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from app import explanation, filters, questions, rerank, scans, search, spaces, tenants
-from app.api import operations, problems
+from app.api import guard, operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
 from app.drafts import MAX_QUERY_BYTES, check_model, check_moment, check_range, check_text, check_vector
@@ -37,7 +38,7 @@ AT_ONCE = 4
 TenantId = Annotated[
     str,
     Meta(
-        description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'.",
+        description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'. May be left out with a key, which names it.",
         extra_json_schema={"extra": {"pattern": tenants.PATTERN}},
     ),
 ]
@@ -109,7 +110,7 @@ Rerank = Annotated[
 class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What to search for: `query` (embedded here) or `embedding` (a vector of the database's model)."""
 
-    tenant_id: TenantId
+    tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
     query: str | None = None
     embedding: list[float] | None = None
     embedding_model: Annotated[
@@ -263,6 +264,7 @@ FOUND = SearchResponse(
 @post(
     "/search",
     operation_id="search",
+    **guard.needs("read"),
     summary="Find the best chunks",
     tags=["search"],
     status_code=200,
@@ -282,6 +284,7 @@ async def search_chunks(
 @post(
     "/search/batch",
     operation_id="search_batch",
+    **guard.needs("read"),
     summary="Several searches in one request",
     tags=["search"],
     status_code=200,

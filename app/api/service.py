@@ -6,6 +6,8 @@ from app import schema
 from app.chat import ChatModel
 from app.database import Database
 from app.embedding import Embedder
+from app.keys import Keys
+from app.limits import Limits
 from app.rerank import Reranker
 from app.schema import Readiness
 from app.settings import Settings
@@ -20,7 +22,13 @@ class Service:
     embedder: Embedder
     chat: ChatModel | None
     reranker: Reranker | None = None
+    keys: Keys = field(init=False)
+    limits: Limits = field(init=False)
     _passed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.database, self.settings)
+        self.limits = Limits(self.database)
 
     async def check(self) -> Readiness:
         """Look at the database. Raises SchemaTooOld, ModelMismatch, Unsafe or DatabaseUnavailable."""

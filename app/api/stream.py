@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,7 +19,7 @@ from litestar.types import Message, Receive, ReceiveMessage, Scope, Send
 from msgspec import Struct
 
 from app import tenants
-from app.api import faults, operations, problems
+from app.api import faults, guard, operations, problems
 from app.api.body import STREAMED
 from app.api.documents import ChunkCounts, Item, TenantQuery
 from app.api.problems import Problem
@@ -26,6 +27,7 @@ from app.api.service import Service
 from app.drafts import Draft, check_range
 from app.errors import BadInput, TooLarge
 from app.feed import Answer, Entry, Feed
+from app.keys import Caller
 from app.meter import Meter
 from app.outcomes import Outcome
 
@@ -109,11 +111,11 @@ class Conversation(Stream):
 @post(
     "/documents/stream",
     operation_id="stream_documents",
+    **guard.needs("write", {STREAMED: True}),
     summary="Store documents as they arrive, any number of them",
     tags=["documents"],
     status_code=200,
     request_max_body_size=None,
-    opt={STREAMED: True},
     operation_class=operations.Conversed,
     responses=problems.documented(*problems.BODY)
     | {
@@ -138,23 +140,43 @@ async def stream_documents(
         check_range("max_tokens", max_tokens, 0, MAX_BUDGET)
     if request.content_type[0] != MEDIA_TYPE:
         raise HTTPException(f"the body must be {MEDIA_TYPE}, and Content-Type say so", status_code=415)
-    feed = Feed(service.database, service.embedder, service.settings, tenant_id, Meter(max_tokens))
+    allowed = _Allowed(service, guard.caller_of(request), Meter(max_tokens))
+    await allowed.check()
+    await guard.open_stream(request, service)
+    feed = Feed(service.database, service.embedder, service.settings, tenant_id, allowed.meter, allowed.check)
     # The first piece before the answer begins: whoever asks to go on (Expect: 100-continue) is told so by its reading.
     parts = request.stream()
     first = await anext(parts, b"")
-    return Conversation(_answered(feed, first, parts, whole=answers == "all"), media_type=MEDIA_TYPE)
+    return Conversation(_answered(feed, allowed, first, parts, whole=answers == "all"), media_type=MEDIA_TYPE)
+
+
+@dataclass
+class _Allowed:
+    """What a key and its tenant may still store, asked before each batch; tokens of those before are charged then."""
+
+    service: Service
+    caller: Caller | None
+    meter: Meter
+    charged: int = 0
+
+    async def check(self) -> None:
+        self.charge()
+        await self.service.limits.storing(self.caller)
+
+    def charge(self) -> None:
+        spent, self.charged = self.meter.tokens - self.charged, self.meter.tokens
+        self.service.limits.spent(self.caller, spent)
 
 
 async def _answered(
-    feed: Feed, first: bytes, parts: AsyncIterator[bytes], *, whole: bool
+    feed: Feed, allowed: _Allowed, first: bytes, parts: AsyncIterator[bytes], *, whole: bool
 ) -> AsyncGenerator[bytes, None]:
     counts: Counter[str] = Counter()
-    async for several in feed.answers(entries(_chained(first, parts))):
-        lines = [_line(answer) for answer in several]
-        counts.update(line.status for line in lines)
-        shown = b"".join(msgspec.json.encode(line) + b"\n" for line in lines if whole or line.status == "failed")
-        if shown:
+    try:
+        async for shown in _lines(feed, first, parts, counts, whole=whole):
             yield shown
+    finally:
+        allowed.charge()
     yield (
         msgspec.json.encode(
             Summary(
@@ -169,6 +191,17 @@ async def _answered(
         )
         + b"\n"
     )
+
+
+async def _lines(
+    feed: Feed, first: bytes, parts: AsyncIterator[bytes], counts: Counter[str], *, whole: bool
+) -> AsyncGenerator[bytes, None]:
+    async for several in feed.answers(entries(_chained(first, parts))):
+        lines = [_line(answer) for answer in several]
+        counts.update(line.status for line in lines)
+        shown = b"".join(msgspec.json.encode(line) + b"\n" for line in lines if whole or line.status == "failed")
+        if shown:
+            yield shown
 
 
 def _line(answer: Answer) -> Line:

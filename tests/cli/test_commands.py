@@ -96,8 +96,8 @@ def test_unreadable_files_and_lines_are_reported_and_the_rest_goes_on(run, tmp_p
 def test_migrate_says_whether_there_was_anything_to_do(run):
     status, out, _ = run("migrate", "--json")
     assert status == 0
-    assert json.loads(out)["revision"] == "0009"
-    assert json.loads(run("migrate", "--json")[1]) == {"revision": "0009", "migrated": False}
+    assert json.loads(out)["revision"] == "0010"
+    assert json.loads(run("migrate", "--json")[1]) == {"revision": "0010", "migrated": False}
 
 
 def test_the_indexes_are_named_in_json(run):
@@ -211,7 +211,7 @@ def test_every_command_has_help_with_examples(capsys):
     (several,) = (action for action in parser()._actions if hasattr(action, "choices") and action.choices)
     assert set(several.choices) == {
         "serve", "demo", "migrate", "roles", "index", "ingest", "search", "ask", "evaluate", "settings", "status",
-        "worker", "queue", "retry", "model", "erase", "sql", "analyst", "embed",
+        "worker", "queue", "retry", "model", "erase", "sql", "analyst", "embed", "tenant", "key",
     }  # fmt: skip
     for name in several.choices:
         with pytest.raises(SystemExit):
@@ -319,7 +319,7 @@ def test_several_processes_from_nothing_share_one_server(tmp_path):
     ]
     results = [process.communicate(timeout=60) for process in several]
     assert [process.returncode for process in several] == [0, 0, 0], results
-    assert all(json.loads(out)["revision"] == "0009" for out, _ in results)
+    assert all(json.loads(out)["revision"] == "0010" for out, _ in results)
     assert postmaster(tmp_path / "pg") is None
 
 

@@ -181,7 +181,7 @@ def check(shell, text):
 
 
 @pytest.mark.timeout(300)  # every command is a process
-@pytest.mark.parametrize("page", ["api", "filters", "ingest", "settings"])
+@pytest.mark.parametrize("page", ["api", "filters", "ingest", "keys", "settings"])
 def test_the_commands_of_a_page_give_what_it_shows(shell, root, page):
     check(shell, (root / f"docs/{page}.md").read_text())
 
@@ -276,7 +276,7 @@ def test_the_page_on_evaluation_shows_what_is_measured(shell, root):
     check(shell, page)
 
 
-def test_every_route_is_on_the_page_about_the_api(root):
+def test_every_route_is_on_the_pages_about_the_api_and_keys(root):
     app = create_app(Settings(database_url="postgresql://u@h/d"))
     routes = {
         (method, route.path.split("{")[0])
@@ -285,13 +285,14 @@ def test_every_route_is_on_the_page_about_the_api(root):
         if method not in {"OPTIONS", "HEAD"} and not route.path.startswith("/docs")
     }
     shown = set()
-    for command, _ in commands((root / "docs/api.md").read_text()):
+    pages = "".join((root / f"docs/{page}.md").read_text() for page in ("api", "keys"))
+    for command, _ in commands(pages):
         if found := re.search(rf"{ADDRESS}([^?' ]*)", command):
             method = re.search(r"-X (\w+)", command)
-            path = re.sub(r"^(/documents/(?!stream$)|/tenants/).*", r"\1", found[1])
+            path = re.sub(r"^(/documents/(?!stream$)|/tenants/|/admin/\w+/).*", r"\1", found[1])
             shown.add((method[1] if method else "POST" if " -d '{" in command else "GET", path))
     assert routes <= shown
-    assert len(routes) == 15
+    assert len(routes) == 21
 
 
 def test_the_sql_of_the_documentation_runs_as_the_analyst(shell, root):

@@ -168,6 +168,16 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 }
 """What belongs to a tenant."""
 
+KEYED: dict[tuple[str, str], Asked] = {
+    ("GET", "/admin/tenants"): Asked("GET", "/admin/tenants"),
+    ("POST", "/admin/tenants"): Asked("POST", "/admin/tenants", {"tenant_id": "umbra"}),
+    ("DELETE", "/admin/tenants/{tenant_id}"): Asked("DELETE", "/admin/tenants/umbra"),
+    ("GET", "/admin/keys"): Asked("GET", "/admin/keys"),
+    ("POST", "/admin/keys"): Asked("POST", "/admin/keys", {"tenant_id": "umbra", "scopes": ["read"]}),
+    ("DELETE", "/admin/keys/{prefix}"): Asked("DELETE", "/admin/keys/aaaaaaaa"),
+}
+"""Not served without a key; what keys see is in tests/api/test_admin_api.py and test_keys_api.py."""
+
 PUBLIC: dict[tuple[str, str], Recipe] = {
     (method, path): public(asked)
     for method, path, asked in (

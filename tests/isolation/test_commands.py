@@ -47,6 +47,14 @@ ACROSS: dict[str, list[tuple[str, ...]]] = {
 
 OTHERWISE: dict[str, str] = {
     "serve": "its routes are the matrix of test_routes.py",
+    "tenant": "the owner's, of all tenants at once; prints names and counts (tests/cli/test_admission.py)",
+    "tenant create": "the owner's (tests/cli/test_admission.py)",
+    "tenant list": "the owner's, of all tenants at once; prints names and counts",
+    "tenant delete": "an erasure, which is run here, and keys (tests/cli/test_admission.py)",
+    "key": "the owner's, of all tenants at once; prints no key (tests/cli/test_admission.py)",
+    "key create": "the owner's (tests/cli/test_admission.py)",
+    "key list": "the owner's, of all tenants at once; prints no key",
+    "key revoke": "the owner's (tests/cli/test_admission.py)",
     "sql": "psql as an analyst, whose rights are the matrix of test_sql.py",
     "demo": "serves a database of its own",
     "model backfill": "the owner's, of all tenants at once; prints counts (tests/cli/test_model_change.py)",

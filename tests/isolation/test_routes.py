@@ -4,7 +4,7 @@ import pytest
 
 from app.asgi import create_app
 from app.settings import Settings
-from tests.isolation.routes import PUBLIC, RECIPES
+from tests.isolation.routes import KEYED, PUBLIC, RECIPES
 from tests.isolation.worlds import ask, difference, marked, serving
 
 
@@ -20,7 +20,19 @@ def table() -> set[tuple[str, str]]:
 
 
 def test_every_route_has_a_recipe():
-    assert table() == RECIPES.keys() | PUBLIC.keys()
+    assert table() == RECIPES.keys() | PUBLIC.keys() | KEYED.keys()
+
+
+async def test_what_needs_an_admin_key_tells_nothing_without_one(pair):
+    both, _ = pair
+    before = both.foreign()
+    answers = []
+    for world in pair:
+        async with serving(world.settings()) as client:
+            answers.append(await ask(client, list(KEYED.values())))
+    assert {each.status for each in answers[0]} == {401}
+    assert difference(*answers) == ""
+    assert both.foreign() == before
 
 
 @pytest.mark.parametrize(("method", "path"), (RECIPES | PUBLIC).keys(), ids=lambda each: each)

@@ -69,6 +69,20 @@ CALLS: dict[str, list[str]] = {
         for name in ("shared", "theirs")
     ],
     "recall_check": [f"select queries, walked, recall from recall_check('{tenant}', 3)" for tenant in TENANTS],
+    "keys_in_use": ["select keys_in_use()"],
+    "find_key": ["select * from find_key('aaaaaaaa')"],
+    "use_key": ["select * from use_key('aaaaaaaa', '', 1)"],
+    "hold_streams": ["select hold_streams('aaaaaaaa', '', gen_random_uuid(), 1)"],
+    "take_tokens": ["select granted from take_tokens(5)"],
+    "admin_tenant": ["select admin_tenant('', '')"],
+    "list_keys": ["select * from list_keys('', '')"],
+    "create_key": [
+        "select * from create_key('', '', 'aaaaaaaa', sha256('x'), null, array['read'], 'umbra', null, null, null)"
+    ],
+    "revoke_key": ["select * from revoke_key('', '', 'aaaaaaaa')"],
+    "list_tenants": ["select * from list_tenants('', '', null)", "select * from list_tenants('', '', 'umbra')"],
+    "put_tenant": ["select put_tenant('', '', 'umbra', true, 1, true, 1)"],
+    "delete_tenant": ["select delete_tenant('', '', 'umbra')"],
     "other_model_chunks": ["select other_model_chunks()"],
     "text_candidates": ["select text_candidates(array['a', 'b'], array[1.0, 2.0]::float8[], 0.5, null)"],
 }

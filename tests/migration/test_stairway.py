@@ -36,6 +36,7 @@ VALUES = {
     "content": "The pump is primed before the first run.",
     "chunk_keys": ["k"],
     "start_offsets": [0],
+    "scopes": ["read"],
 }
 """What a column of this name holds in the rows put here, where its type alone does not say what it may hold."""
 
@@ -57,6 +58,7 @@ BY_TYPE = {
     "tsvector": "'pump':2",
     "integer[]": [0],
     "interval": "1 hour",
+    "date": "2026-11-26",
 }
 
 
@@ -100,9 +102,8 @@ def fill(connection):
                 sql.SQL(", ").join([sql.Placeholder()] * len(columns)),
             )
             for tenant in TENANTS:
-                values = [
-                    tenant if name == "tenant_id" else VALUES.get(name, BY_TYPE[kind]) for name, kind in columns.items()
-                ]
+                own = {"tenant_id": tenant, "prefix": f"{tenant:a<8}"}
+                values = [(own | VALUES).get(name, BY_TYPE[kind]) for name, kind in columns.items()]
                 has = sql.SQL("select from {} where tenant_id = %s").format(name)
                 if connection.execute(has, (tenant,)).fetchone() is not None:
                     continue

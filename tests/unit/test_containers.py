@@ -172,7 +172,7 @@ def test_the_page_runs_what_the_readme_runs_and_names_services_that_exist(root, 
             assert command in readme
         else:
             assert command.startswith("docker ")
-        if found := re.search(r"docker compose (?:exec|logs|pull)(?: -T)? (\w+)(?: pgrecall (\w+))?", command):
+        if found := re.search(r"docker compose (?:exec|logs|pull|run --rm)(?: -T)? (\w+)(?: pgrecall (\w+))?", command):
             assert found[1] in services
             assert found[2] is None or parser().parse_args([found[2]])
         elif found := re.search(r" pgrecall ((?:serve|migrate)\b.*)", command):

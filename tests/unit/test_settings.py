@@ -62,6 +62,7 @@ def test_every_setting_can_be_set(field):
         "postgresql://u@h/d",
         "http://h/v1",
         "openai",
+        "keys",
         "debug",
         "json",
         "x",

@@ -206,7 +206,7 @@ create or replace function search_chunks(
     hit_metadata jsonb, hit_created_at timestamptz, hit_start_offset integer, hit_score double precision,
     hit_text_score double precision, scan text
 ) language plpgsql stable rows 10
-    set plan_cache_mode = force_custom_plan set jit = off set max_parallel_workers_per_gather = 0
+    set jit = off set max_parallel_workers_per_gather = 0
     set enable_sort = on
 as $function$
 declare

@@ -24,7 +24,7 @@ CELLS = {
     "half, walked": ("half", "nearest", None),
     "tenth, walked": ("tenth", "nearest", None),
     "hundredth, measured": ("hundredth", "few", None),
-    "half, one key": ("half", "nearest", '{"lang": "de"}'),
+    "half, one key, measured": ("half", "few metadata", '{"lang": "de"}'),
 }
 CANDIDATES = 40
 
@@ -55,6 +55,9 @@ def main() -> None:
         ):
             owner.execute(local.ADMIT_ANALYST, (local.ANALYST,))
             owner.execute("select '[1]'::vector")
+            # As `learn_terms` keeps them, by which a large tenant is known; the corpus is filled without its words.
+            owner.execute("truncate collection_statistics")
+            owner.execute("insert into collection_statistics select tenant_id, count(*), 1 from documents group by 1")
             rows = []
             for name, (tenant, fragment, metadata) in CELLS.items():
                 rows.append((name, *_cell(owner, analyst, tenant, fragment, metadata, queries, arguments.rounds)))
@@ -93,7 +96,7 @@ def _cell(
         expected = owner.execute(statement, values | {"threshold": float("-inf")}).fetchall()
         took[1].append(time.perf_counter() - between)
         took[0].append(between - begun)
-        places = (1, -1) if fragment == "few" else (2, -1)
+        places = (1, -1) if fragment != "nearest" else (2, -1)
         same += [row[:2] for row in found] == [tuple(row[place] for place in places) for row in expected]
         scan = found[0][2]
     function, hand = (1000 * statistics.median(each) for each in took)

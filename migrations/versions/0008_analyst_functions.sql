@@ -1032,7 +1032,7 @@ create or replace function search_chunks(
     hit_metadata jsonb, hit_created_at timestamptz, hit_start_offset integer, hit_score double precision,
     hit_text_score double precision, scan text
 ) language plpgsql stable rows 10
-    set plan_cache_mode = force_custom_plan set jit = off set max_parallel_workers_per_gather = 0
+    set jit = off set max_parallel_workers_per_gather = 0
     set enable_sort = on
 as $function$
 declare
@@ -1153,7 +1153,7 @@ begin
            into measured, different, ids, places, contents, similarities, types, metadatas, moments, offsets, scores, text_scores
           using tenant, query_embedding, top_k, bound, candidates, coalesce(threshold, '-infinity'), doc_types,
                 created_after, created_before, query_text,
-                case when step = 'text' and not by_document then top_k else leg end, 5000,
+                case when step = 'text' and not by_document then top_k else leg end, 2147483646,
                 vector_weight, text_weight, leg;
         ids := array_remove(ids, null);  -- a statement that found nothing gives one row without an id
         if step = 'few' then

@@ -1,6 +1,7 @@
 """What migrations log: a record for each step, and one for what stopped them."""
 
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import psycopg
 import pytest
+from alembic import command
 from psycopg import sql
 
 from app import local, schema
@@ -43,7 +45,7 @@ def run(root, owner_url, *arguments):
     )
 
 
-def test_each_step_is_an_object_by_alembic_and_by_pgrecall_and_so_is_what_stops_one(root, owner_url):
+def test_each_step_is_an_object_by_alembic_and_by_pgrecall_and_so_is_what_stops_one(root, owner_url, caplog):
     first = run(root, owner_url, "alembic", "upgrade", "0002")
     assert (first.returncode, first.stdout) == (0, "")
     rest = run(root, owner_url, "app", "migrate", "--json")
@@ -58,8 +60,11 @@ def test_each_step_is_an_object_by_alembic_and_by_pgrecall_and_so_is_what_stops_
     assert steps[2]["statements"]["create index concurrently"] >= 16
     assert all(step["seconds"] >= 0 and step["statements"].get("select") is None for step in steps)
 
-    down = run(root, owner_url, "alembic", "downgrade", "0006")
-    assert [json.loads(line)["direction"] for line in down.stderr.splitlines()] == ["downgrade"] * (int(head) - 6)
+    caplog.set_level(logging.INFO)
+    command.downgrade(schema.config(settings_for(None, "http://127.0.0.1:9/v1", migration_url=owner_url)), "0006")
+    assert [record.facts["direction"] for record in caplog.records if record.name == "app.progress"] == [
+        "downgrade"
+    ] * (int(head) - 6)
     with psycopg.connect(owner_url) as other:
         other.execute("create table embedding_claims (not_ours integer)")
     stopped = run(root, owner_url, "app", "migrate")

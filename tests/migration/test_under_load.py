@@ -1,6 +1,7 @@
 """Migrations of a database that is being served: no request fails, nobody is unready, nobody waits for long."""
 
 import contextlib
+import functools
 import itertools
 import secrets
 import subprocess
@@ -25,7 +26,6 @@ REVISIONS = [
         list(ScriptDirectory.from_config(schema.config(settings_for(None, "http://127.0.0.1:9/v1"))).walk_revisions())
     )
 ]
-UPGRADES = list(itertools.pairwise(REVISIONS))
 
 
 @contextlib.contextmanager
@@ -73,10 +73,9 @@ def migrate_past_a_reader(url, work):
     return ended[0] is not None
 
 
-def code_of(root, revision, folder):
-    """A checkout of the last commit that has the migrations up to this one and no more; skips where there is no history."""
-    if not (root / ".git").exists():
-        pytest.skip("this is no clone: the previous release's code is taken from git")
+@functools.cache
+def commit_of(root, revision):
+    """The last commit that has the migrations up to this one and no more; None where the history has none."""
     git = ["git", "-C", str(root)]
     known = [path.name for path in sorted((root / "migrations/versions").glob("*.py")) if path.name[:4] <= revision]
     commits = [
@@ -85,27 +84,30 @@ def code_of(root, revision, folder):
     for commit in dict.fromkeys(itertools.chain(*commits)):  # what was merged before what was on the way to a merge
         listed = subprocess.check_output([*git, "ls-tree", "--name-only", commit, "migrations/versions/"], text=True)
         if [path.rpartition("/")[2] for path in sorted(listed.split()) if path.endswith(".py")] == known:
-            (folder / "code.tar").write_bytes(subprocess.check_output([*git, "archive", commit]))
-            subprocess.run(["tar", "-x", "-C", str(folder), "-f", str(folder / "code.tar")], check=True)
-            return commit[:7]
-    pytest.skip(f"the history has no commit whose newest revision is {revision}")
+            return commit
     return None
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("served", "following"), [*(pytest.param(*each, marks=pytest.mark.long) for each in UPGRADES[:-1]), UPGRADES[-1]]
-)
+@pytest.mark.parametrize("served", [*(pytest.param(each, marks=pytest.mark.long) for each in REVISIONS[:-1]), "newest"])
 def test_the_previous_releases_code_serves_while_its_database_is_migrated(
-    served, following, cluster, openai, tmp_path, root, capsys
+    served, cluster, openai, tmp_path, root, capsys
 ):
     """The code whose newest revision was `served`, through the next migration, then through all that came after."""
+    if not (root / ".git").exists():
+        pytest.skip("this is no clone: the previous release's code is taken from git")
+    if served == "newest":
+        served = next(each for each in reversed(REVISIONS[:-1]) if commit_of(root, each))
+    commit, following = commit_of(root, served), REVISIONS[REVISIONS.index(served) + 1]
+    if commit is None:
+        pytest.skip(f"the history has no commit whose newest revision is {served}")
     name = f"test_{secrets.token_hex(6)}"
     local.bootstrap(cluster.admin, name)
     passwords(cluster)
     code = tmp_path / "code"
     code.mkdir()
-    commit = code_of(root, served, code)
+    (tmp_path / "code.tar").write_bytes(subprocess.check_output(["git", "-C", str(root), "archive", commit]))
+    subprocess.run(["tar", "-x", "-C", str(code), "-f", str(tmp_path / "code.tar")], check=True)
     url = cluster.url(name, local.OWNER)
     settings = settings_for(None, openai.url, migration_url=url)
     schema.migrate(settings, served)
@@ -130,7 +132,7 @@ def test_the_previous_releases_code_serves_while_its_database_is_migrated(
     with capsys.disabled():
         for revision, seconds, waited, slowest, failed in told:
             print(
-                f"\n{commit} at {served} -> {revision}: {seconds:.1f} s, gave up once: {waited}, slowest {slowest:.2f} s "
+                f"\n{commit[:7]} at {served} -> {revision}: {seconds:.1f} s, gave up once: {waited}, slowest {slowest:.2f} s "
                 f"(before: {usual:.2f}), {failed} of {sum(counts.values())} failed; {counts}"
             )
     assert traffic.faults() == []

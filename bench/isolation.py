@@ -1,13 +1,14 @@
 """What keeping tenants apart costs a search: the service's role and views, against the owner on the tables.
 
-    python -m bench.isolation [--rows 200000] [--data-dir .bench] [--rounds 40]
+    python -m bench.isolation [--rows 200000] [--data-dir .bench] [--rounds 100]
 
 The statements are those `app.search.search` sends for a tenant and a filter. As served, each is run as the service runs
 it: the role and the tenant set in its transaction, read through the views. As owner, the same text names the tables for
-the views, and no role and no tenant are set. Both go through `app.pool`, on one connection each, turn and turn about.
+the views, and no role and no tenant are set. Both go through `app.pool`, on one connection each, query by query.
 """
 
 import asyncio
+import time
 from argparse import ArgumentParser
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -24,8 +25,6 @@ from bench.data import FILTERS, TENANTS
 from bench.postgres import TOP_K, Loaded
 from bench.timing import Sample
 
-TURN = 0.25
-"""Seconds of a turn."""
 QUERIES = 20
 MOST = 1.10
 """What the median and the p95 as served may be of those as owner."""
@@ -104,8 +103,20 @@ async def cell(service: Database, owner: Pool, loaded: Loaded, tenant: str, name
     return Cell(tenant, name, first.statement.name, served, as_owner, (plans[0], plans[1]))
 
 
+async def pairs(asked: Cell, turn: int) -> dict[str, Sample]:
+    """Every query both ways, one right after the other: what else the machine does meets both."""
+    latencies: dict[str, list[float]] = {"served": [], "owner": []}
+    ways = [("served", asked.served), ("owner", asked.owner)]
+    for number in range(QUERIES):
+        for way, ask in ways if (turn + number) % 2 else reversed(ways):
+            start = time.perf_counter()
+            await ask(number)
+            latencies[way].append(time.perf_counter() - start)
+    return {way: Sample(each, sum(each)) for way, each in latencies.items()}
+
+
 async def measure(loaded: Loaded, rounds: int) -> list[dict[str, Any]]:
-    """Both ways in turns, round after round, the first of the two changing places."""
+    """Both ways in pairs, round after round, the first of the two changing places."""
     settings = replace(loaded.settings, pool_size=1)
     async with AsyncExitStack() as opened:
         service, owner = Database(settings, loaded.service_url), Pool(loaded.owner_url, settings)
@@ -113,13 +124,10 @@ async def measure(loaded: Loaded, rounds: int) -> list[dict[str, Any]]:
         opened.push_async_callback(owner.close)
         cells = [await cell(service, owner, loaded, tenant, name) for tenant in TENANTS for name in CHOSEN]
         samples: dict[tuple[str, str, str], list[Sample]] = {}
-        numbers = range(QUERIES)
-        with terminal.progress("turns") as progress:
+        with terminal.progress("rounds") as progress:
             for turn in progress.track(range(rounds), description="measuring"):
                 for each in cells:
-                    ways = [("served", each.served), ("owner", each.owner)]
-                    for way, ask in ways if turn % 2 else reversed(ways):
-                        sample = await timing.measured([ask], numbers, TURN)
+                    for way, sample in (await pairs(each, turn)).items():
                         samples.setdefault((each.tenant, each.filter, way), []).append(sample)
     results = []
     for each in cells:
@@ -142,7 +150,7 @@ async def measure(loaded: Loaded, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=40, help=f"of turns of {TURN} s, two for each cell (40)")
+    parser.add_argument("--rounds", type=int, default=100, help=f"of {QUERIES} queries of each cell, both ways (100)")
     parser.add_argument("--load-only", action="store_true", help="make the data and stop, before asking for quiet")
     options = timing.arguments(parser)
     with postgres.started(options.data_dir) as server:
@@ -163,7 +171,7 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
     def worst(name: str) -> str:
         row = max(rows, key=lambda row: row[name])
-        return f"{row[name]:.2f} (at most {MOST:.2f}): {row['tenant']} / {row['filter']}"
+        return f"{row[name]:.3f} (at most {MOST:.3f}): {row['tenant']} / {row['filter']}"
 
     other = [f"{row['tenant']} / {row['filter']}" for row in rows if not row["same_indexes"]]
     return {

@@ -44,9 +44,15 @@ def version(program: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def running(
-    program: str, admin_url: str, login: str, *, prepared: int = 0, connections: int = SERVER_CONNECTIONS
+    program: str,
+    admin_url: str,
+    login: str,
+    *,
+    prepared: int = 0,
+    connections: int = SERVER_CONNECTIONS,
+    patience: int = 120,
 ) -> Iterator[Pooler]:
-    """PgBouncer before the server of `admin_url`, for one login."""
+    """PgBouncer before the server of `admin_url`, for one login. `patience`: seconds a client waits for a session."""
     server = urlsplit(admin_url)
     asked = parse_qs(server.query)
     host = unquote(asked["host"][0]) if "host" in asked else server.hostname
@@ -72,6 +78,7 @@ def running(
             "pool_mode": "transaction",
             "default_pool_size": connections,
             "max_client_conn": 1000,
+            "query_wait_timeout": patience,
             "logfile": f"{folder}/log",
         }
         if version(program) >= (1, 21):  # where 200 is the default

@@ -14,6 +14,7 @@ from app.database import Database
 from app.embedding import open_embedder
 from app.worker import Worker
 from tests import pgbouncer
+from tests.isolation.worlds import serving
 
 PROGRAM = pgbouncer.found()
 WITHOUT = "no PgBouncer on PATH (Debian: apt install pgbouncer); PGRECALL_TEST_PGBOUNCER names one elsewhere"
@@ -106,6 +107,20 @@ async def test_a_stream_and_a_caller_that_goes_away_leave_it_so_too(client, sett
         with contextlib.suppress(asyncio.CancelledError):
             await asked
         assert await asyncio.to_thread(session, settings) == {}
+
+
+async def test_where_every_session_is_taken_writes_and_searches_are_told_to_come_again(settings, server, database_name):
+    with pgbouncer.running(PROGRAM, server, local.SERVICE, connections=1, patience=1) as busy:
+        url = busy.url(database_name, local.SERVICE)
+        async with serving(replace(settings, database_url=url, statement_timeout=1.0)) as client:
+            with psycopg.connect(url) as taken:
+                taken.execute("select 1")
+                body = {"tenant_id": "acme", "content": "Otters swim."}
+                put = await client.put("/documents/a", json=body)
+                found = await client.post("/search", json={"tenant_id": "acme", "embedding": [1.0] * 64})
+            assert (put.status_code, found.status_code) == (503, 503), (put.text, found.text)
+            assert "retry-after" in put.headers
+            assert (await client.put("/documents/a", json=body)).status_code == 201
 
 
 async def test_two_tenants_on_one_session_never_meet(client, settings, owner):

@@ -14,7 +14,7 @@ import pytest
 from app import roundtrip
 
 PREDICATE = re.compile(
-    r"(?<![\w.])(?:[\w\"]+\.)*tenant_id\s*=\s*(?:cast\()?%\((?:\w*tenant\w*)\)s(?:\s+as\s+text\))?(?:::\w+)?",
+    r"(?<![\w.])(?:[\w\"]+\.)*tenant_id\s*=\s*(?:cast\()?%\((?:\w*tenant\w*)\)s(?:\s+as\s+text\))?(?:::\w+)?(?:\s+collate\s+\"\w+\")?",
     re.IGNORECASE,
 )
 

@@ -1,6 +1,6 @@
 """What a key costs a search: the same searches over HTTP without keys, with one, and with one whose requests are limited.
 
-    python -m bench.keys [--rows 5000] [--data-dir .bench] [--rounds 20] [--clients 4]
+    python -m bench.keys [--rows 50000] [--data-dir .bench] [--rounds 20] [--clients 4]
 
 Two databases with the same rows, one without keys and one with two; a server of one process on each, asked in turns, a
 turn of half a second.
@@ -56,7 +56,7 @@ def http(load: Load, serving: Serving, requests: list[bytes], clients: int) -> S
 
 def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=5_000)
+    parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--data-dir", type=Path, default=Path(".bench"))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--clients", type=int, default=4)

@@ -53,7 +53,7 @@ def test_a_tenant_and_its_keys_from_beginning_to_end(run, tmp_path):
     (tmp_path / "a.txt").write_text("A text.")
     assert run("ingest", tmp_path, "--tenant", "acme")[0] == 0
     status, _, err = run("tenant", "delete", "acme")
-    assert (status, "--yes: is missing: 1 documents of tenant acme" in err) == (2, True)
+    assert (status, "--yes: is missing: 1 document of tenant acme" in err) == (2, True)
     status, out, _ = run("tenant", "delete", "acme", "--yes", "--json")
     gone = json.loads(out)
     assert (status, gone["revoked"], gone["complete"], gone["removed"]["sources"]) == (0, 1, True, 1)

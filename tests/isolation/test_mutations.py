@@ -27,8 +27,6 @@ from tests.isolation.worlds import Asked, World, ask, difference, marked, servin
 READS = [route for route in RECIPES if route[0] == "GET" or route[1] in {"/search", "/search/batch", "/rag"}]
 """Routes that change nothing: their mutants share a database."""
 WRITES = [route for route in RECIPES if route not in READS]
-STRIDE = 40
-"""`make test` tries one mutant in so many."""
 
 POLICIES = """
 select policyname, tablename from pg_policies
@@ -98,11 +96,6 @@ async def trials(world: World, route: tuple[str, str]) -> list[Trial]:
     return [Trial(*each) for each in found.items()]
 
 
-def some(found: list[Trial], request: pytest.FixtureRequest) -> list[Trial]:
-    """One in STRIDE for `make test`, else all of them."""
-    return found[::STRIDE] if request.config.getoption("-m") == "not long" else found
-
-
 class Seen(NamedTuple):
     """What a mutant did."""
 
@@ -134,13 +127,14 @@ async def test_without_views_and_policies_the_predicates_hold(pair, route):
     assert difference(*answers) == ""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "open_",
-    [False, pytest.param(True, marks=pytest.mark.long)],
+    [False, True],
     ids=["under views and policies", "without them"],
 )
-async def test_a_predicate_may_be_missing(cluster, templates, answering, request, open_):
+async def test_a_predicate_may_be_missing(cluster, templates, answering, open_):
     counts = {"mutants": 0, "seen": 0, "leaked": 0, "touched": 0, "differing": 0}
     seen: list[str] = []
     with cloned(cluster, templates[0]) as reading:
@@ -151,7 +145,7 @@ async def test_a_predicate_may_be_missing(cluster, templates, answering, request
             with cloned(cluster, templates[0]) as listened:
                 every = await trials(World(cluster, listened, answering.url, True), route)
             assert every, route
-            for trial in some(every, request):
+            for trial in every:
                 if route in READS:
                     async with serving(shared.settings()) as client:
                         expected = await ask(client, trial.requests)

@@ -23,7 +23,7 @@ from app import keys, registry
 from app.registry import Asked
 from tests.conftest import DIMENSIONS, THOROUGH
 
-EXAMPLES = 25 * THOROUGH
+EXAMPLES = 10 * THOROUGH
 """Requests for each operation that the document allows, and as many that it does not."""
 TENANT = "acme"
 KEY_CACHE = 0.1

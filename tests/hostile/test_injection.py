@@ -30,7 +30,7 @@ HEADERS = ("X-Request-ID", "Accept", "Authorization", "Cookie")
 
 
 PATHS = {"document_id": DOCUMENT, "tenant_id": TENANT}
-SHARE = 4 if THOROUGH == 1 else 1
+SHARE = 6 if THOROUGH == 1 else 1
 """Of so many strings each place gets one, another place the next ones, unless there is time."""
 
 

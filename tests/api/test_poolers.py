@@ -75,6 +75,8 @@ REQUESTS = [
     ("POST", "/rag", {"tenant_id": "acme", "question": "Who swims?", "stream": True}),
     ("GET", "/status?tenant_id=acme", None),
     ("POST", "/queue/retry", {"tenant_id": "acme"}),
+    ("GET", "/admin/tenants", None),
+    ("GET", "/admin/keys", None),
     ("DELETE", "/documents/b1?tenant_id=acme", None),
     ("DELETE", "/documents?tenant_id=acme&doc_type=none", None),
     ("DELETE", "/tenants/acme", None),

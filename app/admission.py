@@ -56,6 +56,7 @@ def delete_tenant(arguments: Namespace, config: Settings) -> int:
     with _owner(config) as run, schema.provided(config) as ready:
         if not arguments.yes:
             asyncio.run(_confirm(name, ready))
+        known = bool(run(registry.list_tenants(tenant_id=name)))
         revoked = run(registry.delete_tenant(name))[0]["revoked"]
         if revoked:
             time.sleep(config.key_cache)
@@ -65,13 +66,18 @@ def delete_tenant(arguments: Namespace, config: Settings) -> int:
     else:
         terminal.say(f"{revoked} keys revoked")
         terminal.table(
-            f"tenant {name}: "
-            + ("deleted, nothing of it can be read any more" if erased.complete else "NOT ALL IS GONE"),
+            f"tenant {name}: {_outcome(erased, known=known)}",
             [("table", "left"), ("rows removed", "right"), ("still readable", "right")],
             [(table, f"{count:,}", erased.readable.get(table, 0)) for table, count in erased.removed.items()],
         )
         terminal.say("`pgrecall erase --help` and docs/ingest.md say what VACUUM and backups still hold")
     return 0 if erased.complete else 1
+
+
+def _outcome(erased: Erased, *, known: bool) -> str:
+    if not erased.complete:
+        return "NOT ALL IS GONE"
+    return "deleted, nothing of it can be read any more" if known else "there was nothing to delete"
 
 
 async def _confirm(tenant_id: str, config: Settings) -> None:

@@ -178,8 +178,8 @@ def vacuum(url: str) -> float:
     return time.monotonic() - began
 
 
-def remains(tenant_id: str, document_id: str | None = None) -> list[Remains]:
-    """What no transaction can remove."""
+def remains(tenant_id: str, document_id: str | None = None, *, registered: bool = True) -> list[Remains]:
+    """What no transaction can remove. `registered`: the tenant may still be, as it is not deleted, only erased."""
     names = ", ".join(each.name for each in bearing())
     listed = [
         Remains(
@@ -214,6 +214,7 @@ def remains(tenant_id: str, document_id: str | None = None) -> list[Remains]:
                 f"as the owner: delete its rows there, WHERE tenant_id = '{tenant_id}'",
             )
         )
+    if document_id is None and registered:
         listed.append(
             Remains(
                 "tenants and api_keys, where the tenant's name, its limits and its keys may stand",

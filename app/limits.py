@@ -62,7 +62,8 @@ class Share:
     left: int = 0
     ends: float = float("-inf")
     spent: bool = False
-    """There is no more to be had until then."""
+    """There is no more to be had until then, of this limit."""
+    limit: int = 0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -212,7 +213,8 @@ class Limits:
             begun = time.monotonic()
             if share.ends <= begun:
                 share.left, share.spent = 0, False
-            if share.left <= 0 and not share.spent:
+            if share.left <= 0 and not (share.spent and share.limit == caller.tokens_per_day):
+                share.limit = caller.tokens_per_day  # it may have been raised since
                 wanted = max(1, math.ceil(caller.tokens_per_day / SHARE)) - share.left
                 ((row,),) = await self.database.fetch(
                     caller.tenant_id, [Statement("take tokens", TAKE_TOKENS, {"wanted": wanted})], primary=True

@@ -22,7 +22,7 @@ from app.settings import Settings
 
 def open_psql(arguments: Namespace, config: Settings) -> int:
     """Open psql as the analyst, or as the owner, or print where it would connect. The exit status is psql's."""
-    with schema.provided(config) as ready, _url(config, ready, as_owner=arguments.owner) as url:
+    with _url(config, as_owner=arguments.owner) as url:
         if arguments.print_url:
             terminal.out.print(url, markup=False, soft_wrap=True)
             return 0
@@ -43,19 +43,23 @@ def open_psql(arguments: Namespace, config: Settings) -> int:
 
 
 @contextmanager
-def _url(config: Settings, ready: Settings, *, as_owner: bool) -> Iterator[str]:
-    """Where to connect. The embedded database is up for as long as this is open."""
-    if config.database_url is None:
-        with contextlib.closing(local.start(config)) as database:
-            yield database.owner_url if as_owner else database.analyst_url
+def _url(config: Settings, *, as_owner: bool) -> Iterator[str]:
+    """Where to connect. The embedded database, where it is that one, is up for as long as this is open."""
+    if config.analyst_url is not None and not as_owner:
+        yield config.analyst_url
         return
-    if as_owner and ready.migration_url is None:
-        raise SetupError("--owner: set PGRECALL_MIGRATION_URL to the owner's URL")
-    if not as_owner and ready.analyst_url is None:
-        raise SetupError(
-            "set PGRECALL_ANALYST_URL to the URL of an analyst's login, which `pgrecall analyst` makes; or give --owner"
-        )
-    yield (ready.migration_url if as_owner else ready.analyst_url) or ""
+    with schema.provided(config) as ready:
+        if config.database_url is None:
+            with contextlib.closing(local.start(config)) as database:
+                yield database.owner_url if as_owner else database.analyst_url
+            return
+        if not as_owner:
+            raise SetupError(
+                "set PGRECALL_ANALYST_URL to the URL of an analyst's login, which `pgrecall analyst` makes; or give --owner"
+            )
+        if ready.migration_url is None:
+            raise SetupError("--owner: set PGRECALL_MIGRATION_URL to the owner's URL")
+        yield ready.migration_url
 
 
 def _program() -> str | None:

@@ -56,7 +56,10 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequenc
     """A table; each column is (heading, `left` or `right`)."""
     made = Table(title=escape(visible(title)), title_justify="left", expand=False)
     for heading, justify in columns:
-        made.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+        # A key's prefix that is broken over lines cannot be copied.
+        made.add_column(
+            heading, justify="right" if justify == "right" else "left", overflow="fold", no_wrap=heading == "prefix"
+        )
     for row in rows:
         made.add_row(*(escape(visible(str(cell))) for cell in row))
     out.print(made)

@@ -219,7 +219,8 @@ async def delete_tenant(
     revoked = (await registry.run(service.database, statement))[0]["revoked"]
     if revoked:
         await asyncio.sleep(service.settings.key_cache)
-    return Deletion(revoked, told(await erasure.tenant(service.database, service.settings, tenant_id)))
+    erased = await erasure.tenant(service.database, service.settings, tenant_id)
+    return Deletion(revoked, told(erased, registered=False))
 
 
 @post(

@@ -45,9 +45,9 @@ class Erasure(Struct):
     remains: list[Remaining]
 
 
-def told(erased: Erased) -> Erasure:
-    """An erasure as it is answered."""
-    remains = erasure.remains(erased.tenant_id, erased.id)
+def told(erased: Erased, *, registered: bool = True) -> Erasure:
+    """An erasure as it is answered; see `erasure.remains`."""
+    remains = erasure.remains(erased.tenant_id, erased.id, registered=registered)
     return Erasure(*erased, [Remaining(*each) for each in remains])
 
 

@@ -1,6 +1,8 @@
 """An embedded database of its own for each module, and commands run in process."""
 
 import contextlib
+import os
+from unittest import mock
 
 import pytest
 
@@ -25,4 +27,5 @@ def run(data_dir, monkeypatch, capsys):
         status = main(list(map(str, arguments)))
         return status, *capsys.readouterr()
 
-    return _run
+    with mock.patch.dict(os.environ):  # `serve` hands its settings to other processes that way
+        yield _run

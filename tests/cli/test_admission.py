@@ -58,6 +58,7 @@ def test_a_tenant_and_its_keys_from_beginning_to_end(run, tmp_path):
     gone = json.loads(out)
     assert (status, gone["revoked"], gone["complete"], gone["removed"]["sources"]) == (0, 1, True, 1)
     assert json.loads(run("tenant", "list", "--json")[1]) == {"tenants": []}
+    assert "tenant acme: there was nothing to delete" in " ".join(run("tenant", "delete", "acme", "--yes")[1].split())
     assert all(each["revoked_at"] for each in json.loads(run("key", "list", "--json")[1])["keys"])
 
 

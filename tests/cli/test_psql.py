@@ -83,6 +83,13 @@ def test_sql_on_a_postgresql_of_ones_own_takes_the_url_that_is_set(run, cluster,
     assert masked("analyst_url", "postgresql://jane:secret@db/app") == "postgresql://jane:********@db/app"
 
 
+def test_the_analysts_url_that_is_set_is_taken_and_no_database_started(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PGRECALL_DATA_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("PGRECALL_ANALYST_URL", "postgresql://jane@db/app")
+    assert run("sql", "--print-url")[:2] == (0, "postgresql://jane@db/app\n")
+    assert not (tmp_path / "none").exists()
+
+
 def test_psql_is_given_the_password_where_others_do_not_see_it():
     place, environment = psql._hidden("postgresql://jane:se%20cret@db/app")
     assert "se" not in place.replace("user", "")

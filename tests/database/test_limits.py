@@ -3,6 +3,7 @@
 import asyncio
 import math
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -203,6 +204,10 @@ async def test_tokens_are_passed_by_what_is_under_way_and_no_more(settings, owne
         busy.spent(who, 700)
         spent = await spend(busy, who, 5 * limit) + await spend(other, who, 5 * limit)
         assert limit - 700 - limit // SHARE < spent <= limit - 700 + 2 * 10
+        # A limit that is raised is known as soon as the key is: the share it was spent under is another one.
+        owner.execute("update tenants set tokens_per_day = %s", (2 * limit,))
+        assert await spend(busy, who, 100) == 0
+        assert await spend(busy, replace(who, tokens_per_day=2 * limit), 100) == 100
         owner.execute("update tenants set tokens_day = tokens_day - 1")
         busy._tokens.clear()
         assert await spend(busy, who, 100) == 100

@@ -65,19 +65,9 @@ def delete_tenant(arguments: Namespace, config: Settings) -> int:
         terminal.json({"revoked": revoked} | erased._asdict())
     else:
         terminal.say(f"{revoked} keys revoked")
-        terminal.table(
-            f"tenant {name}: {_outcome(erased, known=known)}",
-            [("table", "left"), ("rows removed", "right"), ("still readable", "right")],
-            [(table, f"{count:,}", erased.readable.get(table, 0)) for table, count in erased.removed.items()],
-        )
+        erasing.show(erased, "deleted" if known else None, "delete")
         terminal.say("`pgrecall erase --help` and docs/ingest.md say what VACUUM and backups still hold")
     return 0 if erased.complete else 1
-
-
-def _outcome(erased: Erased, *, known: bool) -> str:
-    if not erased.complete:
-        return "NOT ALL IS GONE"
-    return "deleted, nothing of it can be read any more" if known else "there was nothing to delete"
 
 
 async def _confirm(tenant_id: str, config: Settings) -> None:

@@ -25,11 +25,7 @@ def erase(arguments: Namespace, config: Settings) -> int:
             | {"vacuum_seconds": vacuumed, "vacuum_error": refused, "remains": [each._asdict() for each in remains]}
         )
         return 0 if erased.complete and refused is None else 1
-    terminal.table(
-        f"{'document ' + erased.id + ' of ' if erased.id else ''}tenant {erased.tenant_id}: " + _outcome(erased),
-        [("table", "left"), ("rows removed", "right"), ("still readable", "right")],
-        [(name, f"{count:,}", erased.readable.get(name, 0)) for name, count in erased.removed.items()],
-    )
+    show(erased, "erased" if any(erased.removed.values()) else None, "erase")
     if erased.put_since:
         terminal.say(f"{erased.put_since} documents were put since, which stay")
     if vacuumed is not None:
@@ -44,12 +40,15 @@ def erase(arguments: Namespace, config: Settings) -> int:
     return 0 if erased.complete and refused is None else 1
 
 
-def _outcome(erased: Erased) -> str:
-    if not erased.complete:
-        return "NOT ALL IS GONE"
-    if not any(erased.removed.values()):
-        return "there was nothing to erase"
-    return "erased, nothing of it can be read any more"
+def show(erased: Erased, done: str | None, verb: str) -> None:
+    """What went, as a table. `done`: what was done, None where there was nothing to `verb`."""
+    outcome = f"{done}, nothing of it can be read any more" if done else f"there was nothing to {verb}"
+    terminal.table(
+        f"{'document ' + erased.id + ' of ' if erased.id else ''}tenant {erased.tenant_id}: "
+        + (outcome if erased.complete else "NOT ALL IS GONE"),
+        [("table", "left"), ("rows removed", "right"), ("still readable", "right")],
+        [(name, f"{count:,}", erased.readable.get(name, 0)) for name, count in erased.removed.items()],
+    )
 
 
 def _vacuum(config: Settings) -> tuple[float | None, str | None]:

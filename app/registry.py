@@ -48,33 +48,6 @@ DELETE_TENANT = "select delete_tenant(%(by)s, %(proof)s, %(tenant_id)s) as revok
 """Strikes a tenant off and revokes its keys."""
 
 
-class Key(NamedTuple):
-    """A key without what is secret of it. None stands for never, for no limit, and for every tenant."""
-
-    prefix: str
-    name: str | None
-    scopes: list[str]
-    tenant_id: str | None
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None
-    requests_per_minute: int | None
-    concurrent_streams: int | None
-
-
-class Tenant(NamedTuple):
-    """A tenant with its limits and what counts towards them. `created_at` None: in use without being registered."""
-
-    tenant_id: str
-    created_at: datetime | None
-    max_rows: int | None
-    tokens_per_day: int | None
-    tokens_today: int
-    chunks: int
-    keys: int
-
-
 class Asked(NamedTuple):
     """What a new key is to be."""
 
@@ -87,12 +60,12 @@ class Asked(NamedTuple):
 
 
 def list_keys(by: Caller | None = None) -> Statement:
-    """Rows: Key."""
+    """A row for each key, without what is secret of it: the columns of LIST_KEYS, None for never, no limit, every tenant."""
     return Statement("list keys", LIST_KEYS, _proof(by))
 
 
 def create_key(asked: Asked, minted: Minted, by: Caller | None = None, spelt: Callable[[str], str] = str) -> Statement:
-    """One row: Key. `spelt`: how the caller writes the name of a field. Raises BadInput.
+    """One row, as of `list_keys`. `spelt`: how the caller writes the name of a field. Raises BadInput.
 
     When run: NotRegistered for a tenant that is not registered, NotAllowed for one that is not the admin key's.
     """
@@ -122,12 +95,15 @@ def create_key(asked: Asked, minted: Minted, by: Caller | None = None, spelt: Ca
 
 
 def revoke_key(prefix: str, by: Caller | None = None) -> Statement:
-    """One row: Key. When run: NotRegistered where there is no such key, or it is another tenant's than the admin key's."""
+    """One row, as of `list_keys`. When run: NotRegistered where there is no such key, or it is another tenant's than the admin key's."""
     return Statement("revoke key", REVOKE_KEY, _proof(by) | {"prefix": prefix})
 
 
 def list_tenants(by: Caller | None = None, tenant_id: str | None = None) -> Statement:
-    """Rows: Tenant; with a name at most one."""
+    """A row for each tenant, with its limits and what counts towards them; with a name at most one.
+
+    `created_at` is None where it is in use without being registered.
+    """
     return Statement("list tenants", LIST_TENANTS, _proof(by) | {"tenant_id": tenant_id})
 
 

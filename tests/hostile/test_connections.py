@@ -33,7 +33,9 @@ def connect(address):
 @pytest.fixture(scope="module")
 def beset(cluster, template, tmp_path_factory):
     folder = tmp_path_factory.mktemp("beset")
-    with serving(cluster, template, folder, files=FILES, body_timeout=2.0, header_timeout=2.0) as served:
+    # On a busy machine three hundred questions at once take longer than the usual wait for a connection.
+    patient = {"pool_timeout": PATIENCE, "statement_timeout": PATIENCE}
+    with serving(cluster, template, folder, files=FILES, body_timeout=2.0, header_timeout=2.0, **patient) as served:
         documents = [{"id": str(n), "content": f"Animal {n} swims in river {n % 7}."} for n in range(20)]
         httpx.post(f"{served.address}/documents", json={"tenant_id": TENANT, "documents": documents}, timeout=PATIENCE)
         yield served

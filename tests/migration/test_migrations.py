@@ -191,7 +191,9 @@ def test_a_migrator_waits_for_the_other_without_blocking_in_the_server(settings)
         waiting.start()
         waiting.join(0.8)
         assert waiting.is_alive()
-        assert other.execute("select count(*) from pg_stat_activity where wait_event_type = 'Lock'").fetchone() == (0,)
+        assert other.execute(
+            "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+        ).fetchone() == (0,)
         assert other.execute("select to_regclass('documents')").fetchone() == (None,)
         other.execute("select pg_advisory_unlock_all()")
         waiting.join(30)

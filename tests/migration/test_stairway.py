@@ -210,7 +210,8 @@ def test_what_a_killed_build_left_is_made_anew(way, revision, built, config, set
         migrating.start()
         with psycopg.connect(cluster.url(empty), autocommit=True) as admin:
             waiting = (
-                "select pg_terminate_backend(pid) from pg_stat_progress_create_index where lockers_total > lockers_done"
+                "select pg_terminate_backend(pid) from pg_stat_progress_create_index "
+                "where datname = current_database() and lockers_total > lockers_done"
             )
             while not admin.execute(waiting).fetchall():
                 assert migrating.is_alive(), killed

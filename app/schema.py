@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, text
 
-from app import isolation, local, model, spaces
+from app import catalogue, isolation, local, model, spaces
 from app.database import Database, connect, translated
 from app.embedding import Embedder
 from app.errors import SchemaTooOld, SetupError, Unavailable
@@ -178,7 +178,7 @@ async def preflight(database: Database, *, replica: bool = False) -> str:
     for _ in range(2):  # a migration may have begun or ended in the middle of it: then look again
         try:
             (row,) = await database.fetch_public(
-                isolation.preflight(words=words), as_login=True, replica=replica, config=isolation.CONFIG
+                catalogue.preflight(words=words), as_login=True, replica=replica, config=catalogue.CONFIG
             )
         except Unavailable as error:
             if type(error) is not Unavailable or not words:
@@ -189,9 +189,9 @@ async def preflight(database: Database, *, replica: bool = False) -> str:
             raise SchemaTooOld(
                 f"the database has no tables, this release needs revision {REQUIRED}: run `pgrecall migrate`"
             )
-        isolation.check_roles(row)
+        catalogue.check_roles(row)
         at = await revision(database, replica=replica)
-        unlike = isolation.faults(isolation.read(row, at))
+        unlike = isolation.faults(catalogue.read(row, at))
         if not unlike:
             return at
     raise isolation.refusal(unlike)

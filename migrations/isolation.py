@@ -1,12 +1,15 @@
 """Write app/isolation.json: what keeps tenants apart in a database that the migrations have just made (`make isolation`)."""
 
+import io
 import json
+import re
 
 import msgspec
 import psycopg
+from alembic import command
 from psycopg.rows import dict_row
 
-from app import isolation, schema, settings
+from app import catalogue, isolation, schema, settings
 
 EVERYTHING = """
 select array(select relname::text from pg_class where relnamespace = n.oid and relkind in ('r', 'v')) as relations,
@@ -20,12 +23,33 @@ select array(select relname::text from pg_class where relnamespace = n.oid and r
 def made(url: str, revision: str) -> isolation.Rules:
     """What keeps tenants apart in a migrated database that holds nothing else."""
     with psycopg.connect(url, row_factory=dict_row) as connection:
-        for name, value in isolation.CONFIG.items():
+        for name, value in catalogue.CONFIG.items():
             connection.execute("select set_config(%s, %s, true)", (name, value))
         everything = connection.execute(EVERYTHING).fetchone() or {}
-        statement = isolation.preflight(**everything)
+        statement = catalogue.preflight(**everything)
         row = connection.execute(statement.sql.encode(), statement.values).fetchone() or {}
-    return isolation.read(row, revision)
+    rules = msgspec.structs.replace(catalogue.read(row, revision), owner="")
+    steps = steps_of(revision)
+    functions = {
+        name: msgspec.structs.replace(each, steps=steps[name.partition("(")[0]])
+        for name, each in rules.functions.items()
+    }
+    return msgspec.structs.replace(rules, functions=functions)
+
+
+def steps_of(revision: str) -> dict[str, str]:
+    """The migration that makes each function, the last that does, as `alembic upgrade` takes it."""
+    config = schema.config(settings.Settings())
+    config.output_buffer = io.StringIO()
+    command.upgrade(config, revision, sql=True)
+    found: dict[str, str] = {}
+    steps = ""
+    for line in config.output_buffer.getvalue().splitlines():
+        if running := re.fullmatch(r"-- Running upgrade (\w*) -> (\w+)", line):
+            steps = f"{running[1] or 'base'}:{running[2]}"
+        elif creates := re.match(r"create (?:or replace )?(?:function|procedure) (\w+)\(", line):
+            found[creates[1]] = steps
+    return found
 
 
 def written(rules: isolation.Rules) -> str:

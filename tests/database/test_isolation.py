@@ -1,19 +1,22 @@
 """The preflight finds every way in which a database can differ from what the migrations made, and its mends mend it."""
 
 import asyncio
+import io
+import re
 import time
 
 import psycopg
 import pytest
+from alembic import command
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from app import isolation, local, schema
+from app import catalogue, isolation, local, schema
 from app.database import Database
 from app.errors import SchemaTooOld, Unsafe
 from app.tables import bearing
 from migrations.isolation import made, written
-from tests.conftest import cloned
+from tests.conftest import cloned, statements
 
 TAMPERINGS = [
     ("alter policy app_sources on sources using (true)", "app_sources on sources is .*using true with check"),
@@ -88,26 +91,85 @@ TAMPERINGS = [
         "text_language.. runs under search_path=evil, public",
     ),
     ("revoke execute on function chunk_terms(text) from public", "public lacks EXECUTE on chunk_terms.text."),
+    (
+        "grant execute on function search_statement(text) to pgrecall_app",
+        "pgrecall_app has EXECUTE on search_statement",
+    ),
+    (
+        (
+            "do $$ begin execute replace(pg_get_functiondef('similar_documents(text, text, integer)'::regprocedure), "
+            "'d.tenant_id = $1 and ', ''); end $$"
+        ),
+        "the function similar_documents.* was replaced",
+    ),
+    (
+        (
+            "create or replace function find_key(given_prefix text) returns table (key_hash bytea, tenant_id text, scopes text[], "
+            "expires_in double precision, revoked boolean, requests_per_minute bigint, concurrent_streams bigint, "
+            "max_rows bigint, tokens_per_day bigint) language sql stable security definer "
+            "set search_path = pg_catalog, public, pg_temp as 'select sha256(''x''), ''umbra'', array[''admin''], 9, false, 9, 9, 9, 9'"
+        ),
+        "the function find_key.text. was replaced",
+    ),
+    (
+        (
+            "create or replace function forget_terms(tenant text, ids text[], keys text[] default null) returns bigint "
+            "language sql begin atomic select 1::bigint; end"
+        ),
+        "the function forget_terms.* was replaced",
+    ),
+    (
+        (
+            "create or replace function tenant_terms(tenant_id text, terms tsvector) returns tsvector "
+            "language sql immutable strict parallel safe cost 1000 as 'select terms'"
+        ),
+        "the function tenant_terms.* was replaced",
+    ),
+    (
+        (
+            "create or replace function chunk_terms(content text) returns tsvector language plpgsql immutable strict "
+            "parallel safe as $$ begin return ''; end $$"
+        ),
+        "the function chunk_terms.text. was replaced",
+    ),
+    ("drop function similar_documents(text, text, integer)", "the function similar_documents.* is missing"),
+    ("alter function search_statement(text) volatile", "search_statement.text. is plpgsql volatile"),
+    (
+        "alter function chunk_terms(text) called on null input parallel unsafe",
+        "chunk_terms.text. is sql immutable",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("sabotage", "message"), TAMPERINGS, ids=[each[0][:60] for each in TAMPERINGS])
-async def test_a_difference_is_found_and_named_and_its_mend_mends_it(database, owner, sabotage, message):
+async def test_a_difference_is_found_and_named_and_its_mend_mends_it(database, owner, settings, sabotage, message):
     await schema.preflight(database)
     owner.execute(sabotage)
     with pytest.raises(Unsafe, match=message):
         await schema.preflight(database)
     for _ in range(2):  # a view that was dropped lacks its rights when it is made again
         for fault in isolation.faults(rules(owner)):
-            owner.execute(fault.mend.encode())
+            for statement in statements_of(fault.mend, settings):
+                owner.execute(statement.encode())
     await schema.preflight(database)
+
+
+def statements_of(mend, settings):
+    """What a mend says to run: itself, or a part of what a migration prints."""
+    if not (named := re.fullmatch(r"run the CREATE of (\w+) that `alembic upgrade (\w+:\w+) --sql` prints", mend)):
+        return [mend]
+    config = schema.config(settings)
+    config.output_buffer = io.StringIO()
+    command.upgrade(config, named[2], sql=True)
+    printed = statements(config.output_buffer.getvalue(), contrib=True)
+    return [each for each in printed if re.match(rf"create or replace (function|procedure) {named[1]}\(", each.strip())]
 
 
 def rules(connection):
     """What the database has, as the preflight sees it."""
-    statement = isolation.preflight()
+    statement = catalogue.preflight()
     row = connection.cursor(row_factory=dict_row).execute(statement.sql.encode(), statement.values).fetchone()
-    return isolation.read(row, connection.execute("select version_num from pgrecall_revision").fetchone()[0])
+    return catalogue.read(row, connection.execute("select version_num from pgrecall_revision").fetchone()[0])
 
 
 @pytest.mark.parametrize(
@@ -143,11 +205,11 @@ async def test_a_role_that_reaches_further_is_found(
             admin.execute(grant.format(**named).encode())
             with psycopg.connect(cluster.url(database_name, local.SERVICE), row_factory=dict_row) as login:
                 admin.execute(sql.SQL("grant {} to pgrecall_service").format(sql.Identifier(named["app"])))
-                statement = isolation.preflight()
+                statement = catalogue.preflight()
                 values = statement.values | {each: named[each] for each in ("app", "worker", "backup")}
                 row = login.execute(statement.sql.encode(), values | {"roles": list(names.values())}).fetchone()
             with pytest.raises(Unsafe, match=message):
-                isolation.check_roles(row)
+                catalogue.check_roles(row)
         finally:
             admin.execute(revoke.format(**named).encode())
             for name in names.values():
@@ -227,8 +289,31 @@ async def test_while_a_migration_runs_nothing_is_put_into_words_and_no_lock_is_w
             await schema.preflight(database)
         owner.execute("alter table embedding_cache enable row level security")
         migrator.commit()
+        # A session that is closed lets go of its locks only when the server has come to notice.
+        migrator.execute("select pg_advisory_unlock(%s)", (isolation.MIGRATOR_LOCK,))
+        migrator.commit()
     with pytest.raises(Unsafe, match="app_sources on sources is"):
         await schema.preflight(database)
+
+
+async def test_a_login_that_could_not_migrate_is_not_believed_to(database, owner, cluster, database_name):
+    owner.execute("alter policy app_sources on sources using (true)")
+    for login in (local.ANALYST, local.SERVICE):
+        with psycopg.connect(cluster.url(database_name, login)) as pretender:
+            pretender.execute("select pg_advisory_lock(%s)", (isolation.MIGRATOR_LOCK,))
+            with pytest.raises(Unsafe, match="app_sources on sources is"):
+                await schema.preflight(database)
+
+
+async def test_a_function_that_is_not_the_owners_is_found(database, owner, cluster, database_name, settings):
+    function = "search_statement(text)"
+    with psycopg.connect(cluster.url(database_name), autocommit=True) as admin:
+        admin.execute(f"alter function {function} owner to {local.ANALYST}")
+        with pytest.raises(Unsafe, match=f"search_statement.text. belongs to {local.ANALYST}"):
+            await schema.preflight(database)
+        for fault in isolation.faults(rules(owner)):
+            admin.execute(fault.mend.encode())
+    await schema.preflight(database)
 
 
 async def test_a_table_that_somebody_holds_for_themselves_is_looked_at_without_its_words(database, owner, owner_url):
@@ -301,4 +386,4 @@ async def test_an_empty_database_is_told_what_to_run(settings, cluster, template
     ],
 )
 def test_the_words_of_every_version_and_place_become_the_same(one, other):
-    assert isolation._unqualified(isolation._same_words(one, "ext")) == other
+    assert catalogue._unqualified(catalogue._same_words(one, "ext")) == other

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -101,8 +102,9 @@ class LocalEmbedder:
         # Threads that spin for work cost two fifths of the throughput where others (PostgreSQL) want the cores too.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(weights, options, providers=["CPUExecutionProvider"])
-        # One batch at a time uses every core; first come, first served, so a query waits for one batch, not for a book.
-        self._turn = asyncio.Lock()
+        # One batch at a time uses every core; first come, first served, so a query waits for a batch of each who came
+        # before it, not for a book. A thread of the model's own goes from one batch to the next without the event loop.
+        self._model = ThreadPoolExecutor(1, "model")
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count exactly."""
@@ -123,6 +125,7 @@ class LocalEmbedder:
         meter = meter or Meter()
         distinct = list(dict.fromkeys(texts))
         ids = await asyncio.to_thread(self._encode, distinct)
+        loop = asyncio.get_running_loop()
         # Neighbours in length share a batch: padding costs a third of the throughput otherwise. Beyond 512 tokens a
         # batch is no faster, only larger and longer in the way of a query.
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
@@ -138,8 +141,7 @@ class LocalEmbedder:
                 failure = spent
                 break
             try:
-                async with self._turn:
-                    vectors[batch] = await asyncio.to_thread(self._run, [ids[row] for row in batch])
+                vectors[batch] = await loop.run_in_executor(self._model, self._run, [ids[row] for row in batch])
             except BaseException:
                 meter.settle(reserved)
                 raise
@@ -155,7 +157,7 @@ class LocalEmbedder:
         return Attempt(vectors[[rows[text] for text in texts]], faults)
 
     async def aclose(self) -> None:
-        """Nothing is open."""
+        """Nothing is open; the model's thread ends with this object."""
 
     def _sizes(self, texts: list[str]) -> list[int]:
         return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

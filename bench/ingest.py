@@ -254,9 +254,7 @@ def model() -> LocalEmbedder:
 
 async def loaded(settings: Settings, steps: Any) -> Counts:
     """What is stored of these, embedded by the local model."""
-    embedder = model()
-    embedder._turn = asyncio.Lock()  # noqa: SLF001  of this event loop
-    return await loaded_by(embedder, settings, steps)
+    return await loaded_by(model(), settings, steps)
 
 
 async def loaded_by(embedder: Embedder, settings: Settings, steps: Any) -> Counts:
@@ -288,7 +286,6 @@ def embedder(bench: Bench, count: int, repeats: int) -> list[dict[str, Any]]:
 
     def alone(taken: list[Took]) -> None:
         async def embed() -> None:
-            model()._turn = asyncio.Lock()  # noqa: SLF001  of this event loop
             await model().embed(chunks, "document")
 
         with bench.measured(taken):

@@ -26,17 +26,10 @@ SENTENCES = [
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LocalEmbedder:
+def model() -> LocalEmbedder:
     embedder = open_embedder(Settings())
     assert isinstance(embedder, LocalEmbedder)
     return embedder
-
-
-@pytest.fixture
-def model(loaded: LocalEmbedder) -> LocalEmbedder:
-    # A lock once waited for belongs to its event loop, and every test has a loop of its own.
-    loaded._turn = asyncio.Lock()
-    return loaded
 
 
 def test_nothing_is_told_to_anybody(tmp_path):

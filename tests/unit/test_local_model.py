@@ -108,8 +108,8 @@ def test_tokens_are_the_models_own(model):
     )
 )
 @example(["ΟΔΥΣΣΕΥΣ x", "a\x0bb", "a\x85b c\u2028d", "x" * 5000 + " y", "e \u0301 e\u0301", ""])
-def test_tokens_counted_word_by_word_are_those_of_the_whole_text(loaded, texts):
-    assert loaded.count_tokens(texts) == loaded._sizes(texts)
+def test_tokens_counted_word_by_word_are_those_of_the_whole_text(model, texts):
+    assert model.count_tokens(texts) == model._sizes(texts)
 
 
 def test_counts_of_words_are_given_up_before_they_fill_the_memory(monkeypatch):

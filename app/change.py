@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import psycopg
 from psycopg import sql
@@ -23,6 +22,7 @@ from app.database import connect
 from app.errors import BadInput, SetupError
 from app.indexes import Told
 from app.model import Model, Provider, Recorded
+from app.settings import passwords
 from app.tables import INDEXED_AS_VECTOR, Kind, default_kind
 
 Connection = psycopg.Connection[Any]
@@ -209,12 +209,7 @@ def start(connection: Connection, new: Recorded, provider: Provider, base_url: s
         raise BadInput("model", f"{new.name} with {new.dimensions} dimensions is the model already")
     if refused := refusals(connection):
         raise SetupError("; ".join(refused))
-    for address in (new.base_url, base_url):
-        if address is not None and "@" in urlsplit(address).netloc:
-            raise SetupError(
-                "the model's address has a user or a password in it, which would stand in embedding_models for all to read: "
-                "give the key as OPENAI_API_KEY or PGRECALL_OTHER_API_KEY"
-            )
+    _check_address(base_url)
     swap.patiently(partial(_begin, connection, new, provider, base_url))
     return new
 
@@ -385,5 +380,15 @@ def follow(connection: Connection, told: Callable[[int], None], batch: int = 1_0
 
 
 def model_of(name: str, dimensions: int, provider: Provider, base_url: str | None) -> Recorded:
-    """A model that is to be filled."""
+    """A model that is to be filled. Raises SetupError for an address with a password in it."""
+    _check_address(base_url)
     return Recorded(*Model(name, dimensions), "filling", provider, base_url)
+
+
+def _check_address(address: str | None) -> None:
+    # A password with a slash in it ends what counts as the host.
+    if address is not None and ("@" in address.partition("://")[2].partition("/")[0] or passwords(address)):
+        raise SetupError(
+            "the model's address has a user or a password in it, which would stand in embedding_models for all to read: "
+            "give the key as OPENAI_API_KEY or PGRECALL_OTHER_API_KEY"
+        )

@@ -1,11 +1,13 @@
 """`[Source N]` marks: kept out of an answer where N was never given, and disarmed inside of source text."""
 
+import html
 import re
 import unicodedata
 
 LONGEST = 600
 """Characters from bracket to bracket: enough for the numbers 1 to 100 in a list. What is longer is cut there."""
 
+SHORTEST = len("source1")
 LARGEST = 999_999
 MOST_MISCITED = 20
 
@@ -32,15 +34,39 @@ _UNFINISHED_JOIN = re.compile(r"[ \t]{0,4}(?:[,;&]|an?d?)?[ \t]{0,4}")
 _NUMBER = re.compile(rf"\d+|[{_DASH}]|(?ai:to|through)")
 _NUMBER_IN_DETAIL = re.compile(rf"(?ai:sources?){_WS}[#№]?{_WS}(\d+)")
 # Brackets of source text are looked at more broadly: whatever a reader, or a model, may take for one of ours.
-_OPENS, _CLOSED = r"\[\u3010\uff3b\u27e6\u2045\u2772\u3014\u301a", r"\]\u3011\uff3d\u27e7\u2046\u2773\u3015\u301b"
+_OPENS = (
+    r"\[\u3010\uff3b\u27e6\u2045\u2772\u3014\u301a\u3016\u3018\u300c\u300e\uff62\u27ec\u298b\u298d\u298f\ufe47\ufe5d"
+)
+_CLOSED = (
+    r"\]\u3011\uff3d\u27e7\u2046\u2773\u3015\u301b\u3017\u3019\u300d\u300f\uff63\u27ed\u298c\u298e\u2990\ufe48\ufe5e"
+)
 _BRACKETED = re.compile(
     rf"\\?(?:[{_OPENS}]|(?i:&(?:#0*91|#x0*5b|lsqb|lbrack);))"
     rf"((?:(?!&(?i:#0*93|#x0*5d|rsqb|rbrack);)[^{_OPENS}{_CLOSED}])*)"
     rf"([{_CLOSED}]|&(?i:#0*93|#x0*5d|rsqb|rbrack);)?"
 )
-_READS_AS_OURS = re.compile(r"\W*sources?\W*\d")
-_NOT_SEEN = re.compile(r"[*_`\\\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\u0300-\u036f]")
-_LOOKS = str.maketrans("\u0455\u043e\u03bf\u0585\u03c5\u057d\u0433\u0441\u03f2\u0435", "sooouurcce")
+_READS_AS_OURS = re.compile(r"s[o0]urces?(?:n(?:o|r|um(?:ber)?)?)?\d")
+_TAG = re.compile(r"<[^<>]{0,100}>")
+_NOT_SHOWN = re.compile(r"[\s*_`\\\u115f\u1160\u3164]+")
+"""White space, what Markdown does not show, letters that are blank."""
+_NO_WORD = re.compile(r"\W+")
+_UNSEEN = frozenset(("Cf", "Mn", "Me"))
+"""Categories of characters that are not seen, or only on top of another: zero-width ones, accents, variation selectors."""
+_ALIKE = {
+    "s": "\u0455\ua731\ua7a9\u0282\uabaa",
+    "o": "\u043e\u03bf\u0585\u1d0f\u00f8\u0275\u03c3",
+    "u": "\u03c5\u057d\u1d1c\u028b",
+    "r": "\u0433\u0280\u027e\u1d26",
+    "c": "\u0441\u03f2\u1d04",
+    "e": "\u0435\u1d07\u04bd",
+}
+_LOOKS = {ord(other): letter for letter, others in _ALIKE.items() for other in others} | {
+    first + at: chr(97 + at)
+    for first in (0x1F150, 0x1F170, 0x1F1E6)
+    for at in range(26)  # in dark circles and squares
+}
+_TURNS = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
+"""Turn around the order in which what follows is shown: `]9 ecruoS[` reads as a citation then, and ours behind it as another."""
 _IMAGE = re.compile(r"!(?=\\?\[)")
 
 _BLANK = " \t\u00a0"
@@ -55,16 +81,23 @@ def disarmed(text: str) -> str:
     """The text with what reads like a citation in round brackets, so that no reader takes it for one of ours.
 
     Letters of other alphabets that look the same count as the same. Markdown images become links: they would be loaded.
+    Marks that turn the order of a line around are left out.
     """
-    return _IMAGE.sub("! ", _BRACKETED.sub(_disarmed, text))
+    return _IMAGE.sub("! ", _BRACKETED.sub(_disarmed, _TURNS.sub("", text)))
 
 
 def _disarmed(found: re.Match[str]) -> str:
-    begins = " ".join(_NOT_SEEN.sub("", found[1]).split())[:LONGEST]
-    shown = _NOT_SEEN.sub("", unicodedata.normalize("NFKD", begins)).lower().translate(_LOOKS)
-    if not _READS_AS_OURS.match(shown):
+    if len(found[1]) < SHORTEST:
+        return found[0]
+    begins = _NOT_SHOWN.sub("", _seen(_TAG.sub("", html.unescape(found[1]))))[:LONGEST]
+    shown = _seen(unicodedata.normalize("NFKD", begins)).lower().translate(_LOOKS)
+    if not _READS_AS_OURS.match(_NO_WORD.sub("", shown)):
         return found[0]
     return f"({found[1].removesuffix(chr(92))}{')' if found[2] else ''}"
+
+
+def _seen(text: str) -> str:
+    return "".join(each for each in text if unicodedata.category(each) not in _UNSEEN)
 
 
 class Citations:

@@ -12,13 +12,14 @@ import secrets
 import string
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 from app.database import Database
-from app.errors import NotAuthenticated
+from app.errors import LimitReached, NotAuthenticated, PoolExhausted
 from app.settings import Settings
 from app.statements import Statement
 
@@ -38,6 +39,12 @@ KEPT = 10_000
 
 REFUSED = "a valid key is required: Authorization: Bearer pgr_…"
 """Whatever was wrong: that a key exists, was revoked or has expired is for its owner to know."""
+
+WRONG_AT_ONCE = 100
+"""Wrong keys that a process looks up one after the other before it lets keys it does not remember wait."""
+
+WRONG_A_SECOND = 10
+"""Wrong keys that a process looks up in a second then, however many come."""
 
 IN_USE = Statement("keys in use", "select keys_in_use() as used", {})
 """Whether the database ever had a key."""
@@ -93,6 +100,46 @@ def token_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 @dataclass
+class Doubt:
+    """Bounds what keys that a process does not remember cost, as anybody can make some up.
+
+    One is looked up at a time, so that those of valid keys, which share the connection, wait for one of them at most. What
+    turns out to be wrong is counted; a valid key costs nothing.
+    """
+
+    patience: float
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _left: float = WRONG_AT_ONCE
+    _counted: float = field(default_factory=time.monotonic)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for the others. Raises LimitReached where too many keys were wrong, PoolExhausted where it takes too long."""
+        self._check()
+        try:
+            async with asyncio.timeout(self.patience):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise PoolExhausted("other keys are being looked up; try again") from None
+        try:
+            self._check()  # those before may have been wrong
+            yield
+        finally:
+            self._turn.release()
+
+    def wrong(self) -> None:
+        """Count one."""
+        self._left -= 1
+
+    def _check(self) -> None:
+        now = time.monotonic()
+        self._left = min(WRONG_AT_ONCE, self._left + WRONG_A_SECOND * (now - self._counted))
+        self._counted = now
+        if self._left < 1:
+            raise LimitReached("too many wrong keys have come to look this one up now; try again")
+
+
+@dataclass
 class Keys:
     """The keys that came lately, remembered for PGRECALL_KEY_CACHE seconds: so long a revoked one may still be taken.
 
@@ -107,6 +154,10 @@ class Keys:
     _refused: OrderedDict[bytes, tuple[float, Caller | None]] = field(default_factory=OrderedDict)
     _used: bool = False
     _looked: float = float("-inf")
+    _doubt: Doubt = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._doubt = Doubt(self.settings.pool_timeout)
 
     async def required(self, *, now: bool = False) -> bool:
         """Whether requests need a key. Once the database was seen to have one, this process asks for keys until it ends.
@@ -122,7 +173,7 @@ class Keys:
         return self._used
 
     async def caller(self, token: str | None) -> Caller | None:
-        """Who is asking; None where no keys are asked for. Raises NotAuthenticated, DatabaseUnavailable."""
+        """Who is asking; None where no keys are asked for. Raises NotAuthenticated, LimitReached, DatabaseUnavailable."""
         if not self._used and not await self.required(now=bool(token)):
             return None
         if not token or not _TOKEN.fullmatch(token):
@@ -144,6 +195,15 @@ class Keys:
         return await asyncio.shield(asking)
 
     async def _look_up(self, key: bytes, token: str) -> tuple[float, Caller | None]:
+        if key in self._known:  # and its time is over
+            return await self._found(key, token)
+        async with self._doubt.turn():
+            found = await self._found(key, token)
+            if found[1] is None:
+                self._doubt.wrong()
+            return found
+
+    async def _found(self, key: bytes, token: str) -> tuple[float, Caller | None]:
         begun = time.monotonic()
         prefix = token[4:12]
         rows = await self.database.fetch_public(Statement("find key", FIND, {"prefix": prefix}))

@@ -45,9 +45,11 @@ CHARACTERS_PER_TOKEN = 4
 _FRAME = 12
 """Tokens around the text of a source."""
 _SPECIAL = re.compile(
-    r"<(?=[|\uff5c]|/?(?:s|bos|eos|pad|unk|mask|think|thinking|tools?|tool_(?:call|response)s?|function_(?:call|result)s?"
-    r"|(?:start|end)_of_(?:turn|image)|image_soft_token|extra_id_\d+|SPECIAL_\d+)>|/?SYS>>)"
-    r"|\[(?=/?(?:INST|IMG|THINK|[A-Z]+(?:_[A-Z]+)+)\])"
+    r"<(?=[|\uff5c]|/?(?:s|bos|eos|pad|unk|mask|sop|eop|sep|eoh|eoa|think|thinking|tools?"
+    r"|(?:BOS|EOS|EOP|PAD|UNK|MASK)_TOKEN|tool_(?:call|response)s?|function_(?:call|result)s?"
+    r"|(?:start|end)_of_(?:turn|image|audio)|(?:image|audio)_soft_token|extra_id_\d+|SPECIAL_\d+|unused\d+|reserved_\d+"
+    r"|seed:\w+|\w+\|)>|/?SYS>>)"
+    r"|\[(?=/?(?:INST|IMG|THINK|[gs]?MASK|[A-Z]+(?:_[A-Z\d]+)+)\]|\||e~\[)|\](?=~!?b[\[\]])"
 )
 """Where the control tokens of chat models begin; some servers read them in text as well."""
 
@@ -260,7 +262,7 @@ def _sizes(texts: Sequence[str], count_tokens: Callable[[Sequence[str]], list[in
 
 
 def _marked(text: str) -> str:
-    return "\n".join(f"| {line}" for line in disarmed(_without_control(text)).splitlines())
+    return "\n".join(f"| {line}" for line in disarmed(_without_control(text)).splitlines() or [""])
 
 
 def _without_control(text: str) -> str:

@@ -7,18 +7,24 @@ from functools import lru_cache
 from typing import Any
 
 import msgspec
+import numpy as np
 from msgspec import inspect
 
-from app.errors import BadInput
+from app.errors import BadInput, TooLarge
 
 NO_BODY = BadInput("", "the body is empty; allowed: a JSON object")
-_SAID = re.compile(r"(.*?)(?: - at `\$(.*)`)?", re.DOTALL)
+_AT = " - at `$"
+_PATH = re.compile(r"((?:\.\w{1,60}|\[(?:\d{1,9}|\.\.\.)\]){0,20})`", re.ASCII)
+"""Behind _AT where msgspec says it; the name of a field that is not known may hold anything."""
 _NAMED = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
 _KIND = re.compile(r"Expected `(.+)`, got `(.+)`")
 _VALUE = re.compile(r"Invalid enum value (.+)", re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LOOKED_THROUGH = 1_000_000
 """Bytes of a body up to which a lone surrogate is looked for: 16 MB of numbers would take two seconds."""
+MOST_PARTS, MOST_VALUES = 1_000_000, 5_000_000
+"""Lists, objects and names, and values of a body: as Python objects they take twenty times what they take as JSON."""
+_BLOCK = 1_000_000
 _HALF = re.compile("[\ud800-\udfff]")
 """Of a surrogate pair. JSON can spell one half alone; UTF-8 and PostgreSQL cannot."""
 _STEP = re.compile(r"\[[^\]]*\]|[^.\[\]]+")
@@ -44,6 +50,7 @@ def decoded(body: bytes, kind: Any, name: str = "body") -> Any:
 
     `name`: what the whole is called.
     """
+    _check_parts(body, name)
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -64,10 +71,37 @@ def worded(said: str, limits: str = "") -> str:
     """What msgspec finds wrong with a single value, as a fault. `limits`: further words about what is allowed."""
     kinds = _KIND.fullmatch(said)
     if kinds is None:
-        return _OTHER.get(said, f"is not allowed: {said}")
+        return _OTHER.get(said, f"is not allowed: {said[:200]}")
     allowed = " or ".join(_WORDS.get(each, each) for each in kinds[1].split(" | "))
     found = "a number with a fraction" if kinds[2] == "float" else _WORDS.get(kinds[2], kinds[2])
     return f"is {found}; allowed: {allowed}{limits}"
+
+
+def _check_parts(body: bytes, name: str) -> None:
+    if len(body) <= MOST_PARTS:
+        return
+    if sum(map(body.count, (b"[", b"{", b":"))) <= MOST_PARTS and body.count(b",") <= MOST_VALUES:
+        return
+    counts = _marks(body)
+    parts, values = sum(counts[ord(mark)] for mark in "[{:"), counts[ord(",")]
+    for found, most, what in (
+        (parts, MOST_PARTS, "lists, objects and names"),
+        (values, MOST_VALUES, "values"),
+    ):
+        if found > most:
+            raise TooLarge("", f"the {name} has {found:,} {what}; allowed: at most {most:,}")
+
+
+def _marks(body: bytes) -> list[int]:
+    """How often each byte stands in JSON outside of its texts, where there may be any number of them."""
+    body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    counts, within = np.zeros(256, np.int64), np.uint8(0)
+    for start in range(0, len(body), _BLOCK):
+        block = np.frombuffer(body, np.uint8, min(_BLOCK, len(body) - start), start)
+        quotes = np.cumsum(block == ord('"'), dtype=np.uint8) + within
+        counts += np.bincount(block[quotes % 2 == 0], minlength=256)
+        within = quotes[-1]
+    return counts.tolist()
 
 
 def _halved(body: bytes) -> str | None:
@@ -96,8 +130,12 @@ def _halved(body: bytes) -> str | None:
 
 
 def _named(message: str, kind: Any, name: str) -> BadInput:
-    said, path = _SAID.fullmatch(message).groups()  # type: ignore[union-attr]  # it matches every text
-    path = (path or "").removeprefix(".")
+    said, _, tail = message.rpartition(_AT)
+    whole = _NAMED.fullmatch(said) or not said.startswith("Object ")  # else the name of a field looks like a path
+    if said and whole and (found := _PATH.fullmatch(tail)):
+        path = found[1].removeprefix(".")
+    else:
+        said, path = message, ""
     types = list(_types(_struct(kind) if isinstance(kind, type) else inspect.type_info(kind)))
     for step in _STEP.findall(path):
         types = [each for one in types for each in _inner(one, step)]

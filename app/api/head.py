@@ -1,9 +1,11 @@
 """Connections: how many, request heads that come too slowly or are too large, answers that nobody reads."""
 
 import asyncio
+from collections import deque
 from http import HTTPStatus
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.api import problems
 
@@ -38,8 +40,9 @@ class HeadLimits(HttpToolsProtocol):
         self._write_timeout = write_timeout
         self._unread: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._in_head = False
+        self._in_head = self._heard = self._offered = False
         self._told = self._held = 0
+        self._unanswered: deque[RequestResponseCycle] = deque()
 
     def _expect_head(self, seconds: float | None) -> None:
         if self._deadline is not None:
@@ -66,9 +69,12 @@ class HeadLimits(HttpToolsProtocol):
         return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing more."""
+        """Expect nothing more, and tell every request of it; uvicorn tells the last one that came."""
         self._expect_head(None)
         self._expect_reading(None)
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def _expect_reading(self, seconds: float | None) -> None:
@@ -90,19 +96,38 @@ class HeadLimits(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Expect the rest of a head, unless a request is being answered; the first is expected already."""
         super().on_message_begin()
-        self._in_head = True
+        self._in_head = self._heard = True
         self._told = self._held = 0
         if self.cycle is not None and self.cycle.response_complete:
             self._expect_head(self._header_timeout)
 
     def on_headers_complete(self) -> None:
         """Expect nothing: the body is the application's to wait for."""
-        self._in_head = False
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError  # as in _tell
+            self._offered = True
+            return
+        self._in_head, self._heard = False, True
         self._expect_head(None)
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # its client would take the word to go on for the answer
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        """Hear that there is a body."""
+        self._heard = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The body is whole, unless it is still to be read."""
+        if not self._offered:
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Expect the next head; what is left of a body that was not read has to be over by then, too."""
+        self._unanswered.popleft()
         super().on_response_complete()
         if self.timeout_keep_alive_task is not None:
             self._expect_head(self._header_timeout if self._in_head else KEEP_ALIVE)
@@ -113,8 +138,9 @@ class HeadLimits(HttpToolsProtocol):
         self._tell(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header."""
-        super().on_header(name, value)
+        """Count a header. One that follows a body comes after all who look at headers have done so, and is left out."""
+        if self._in_head:
+            super().on_header(name, value)
         self._tell(len(name) + len(value) + len(": \r\n"))
 
     def _tell(self, size: int) -> None:
@@ -124,12 +150,31 @@ class HeadLimits(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count what the parser holds back: it tells of a header when it is whole, and one may never end."""
-        in_head = self._in_head
-        super().data_received(data)
-        if in_head and self._in_head and not self.transport.is_closing():
-            self._held += len(data)
-            if self._held > MAX_HEAD:
-                self.send_400_response("")
+        self._heard = False
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("what came is no HTTP/1.1 request")
+            return
+        self._held = 0 if self._heard else self._held + len(data)
+        if self._held > MAX_HEAD:
+            self.send_400_response("")
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offered:
+                # Where a request offers to go on in another protocol, as the first one of Java's client does, the parser
+                # takes its body and all that follows for that protocol. So it reads the head again without the offer.
+                self._offered = False
+                version = self.parser.get_http_version().encode()
+                head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+                head += [b"%s: %s" % each for each in self.headers if each[0] != b"upgrade"]
+                data = b"\r\n".join([*head, b"", b""]) + data[offered.args[0] :]
+            else:
+                return
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request with a problem (RFC 9457) and hang up."""
@@ -140,6 +185,9 @@ class HeadLimits(HttpToolsProtocol):
         self._refuse(status, detail)
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        if any(each.response_started or not each.more_body for each in self._unanswered):
+            self.transport.close()  # a client would take this for an answer that is still to come, or for a part of it
+            return
         body = problems.encoded(status, detail)
         self.transport.write(
             f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: {problems.MEDIA_TYPE}\r\n"

@@ -119,6 +119,11 @@ async def test_named_twice_in_a_query_or_spelt_otherwise_is_refused(settings, ow
         for query in ("%74enant_id=other", "tenant_id=", "tenant_id=%61cme2", "tenant_id=acme%00", "tenant_id=%FF"):
             assert (await client.get(f"/documents?{query}", headers=key)).status_code in {400, 403}, query
         assert (await client.get("/documents?%74enant_id=%61cme", headers=key)).status_code == 200
+        # What is decoded is what is compared with the key, whichever of two names others would take.
+        typed = key | {"Content-Type": "application/json"}
+        for named, status in (("acme", "other"), 403), (("other", "acme"), 200), (("other", "\\u0061cme"), 200):
+            body = '{{"tenant_id": "{}", "query": "x", "tenant_id": "{}"}}'.format(*named).encode()
+            assert (await client.post("/search", content=body, headers=typed)).status_code == status, named
         for odd in ("limit=5;tenant_id=other", "a=1&tenant_id=other", "tenant_id"):
             assert (await client.get(f"/documents?{odd}", headers=key)).status_code in {400, 403}, odd
         batch = {"searches": [{"query": "x"}, {"query": "x", "tenant_id": "other"}]}
@@ -196,6 +201,42 @@ async def test_a_remembered_key_asks_the_database_nothing_and_a_wrong_one_always
         for token in (f"{key['Authorization'][7:20]}{'x' * 32}", f"pgr_unknown1_{'x' * 32}"):
             assert (await client.get("/status", headers={"Authorization": f"Bearer {token}"})).status_code == 401
         assert asked[2:] == ["find key", "find key"]
+
+
+async def test_a_flood_of_wrong_keys_is_looked_up_one_by_one_until_there_were_too_many(settings, owner, monkeypatch):
+    monkeypatch.setattr(keys, "WRONG_AT_ONCE", 20)
+    monkeypatch.setattr(keys, "WRONG_A_SECOND", 0)
+    key, newcomer = make(owner, "read"), make(owner, "read")
+    flood = [{"Authorization": f"Bearer {keys.mint().token}"} for _ in range(60)]
+    async with served(settings, key_cache=0.0) as client:
+        assert (await client.get("/status", headers=key)).status_code == 200
+        database = client.app.state.service.database
+        fetch = database.fetch_public
+        looked_up, under_way = [], []
+
+        async def watched(statement, **options):
+            if statement.name != "find key" or statement.values["prefix"] == prefix(key):
+                return await fetch(statement, **options)
+            looked_up.append(statement.values["prefix"])
+            under_way.append(statement.values["prefix"])
+            assert len(under_way) == 1
+            rows = await fetch(statement, **options)
+            under_way.pop()
+            return rows
+
+        monkeypatch.setattr(database, "fetch_public", watched)
+        answers = await asyncio.gather(*(client.get("/status", headers=each) for each in [*flood, *[key] * 10]))
+        wrong, valid = answers[: len(flood)], answers[len(flood) :]
+        assert [each.status_code for each in wrong] == [401] * 20 + [429] * 40
+        assert {each.status_code for each in valid} == {200}, "each of them asks the database, and is not kept out"
+        assert len(looked_up) == 20
+        problem = assert_problem(wrong[-1], 429)
+        assert (problem["type"], wrong[-1].headers["retry-after"]) == ("urn:pgrecall:problem:limit-reached", "1")
+        # A valid key that this process has not seen cannot be told from a wrong one, until it is looked up.
+        assert (await client.get("/status", headers=newcomer)).status_code == 429
+        monkeypatch.setattr(keys, "WRONG_A_SECOND", 1e9)
+        assert (await client.get("/status", headers=newcomer)).status_code == 200
+        assert (await client.get("/status", headers=flood[-1])).status_code == 401
 
 
 async def test_last_use_is_written_down_beside_the_request(settings, owner):

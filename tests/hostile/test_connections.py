@@ -7,7 +7,10 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,6 +26,13 @@ FILES = 600
 """What the server may open: fewer than there are clients."""
 MEGABYTES = 250
 """More than this many the crowds of this test must not cost: a thirtieth of what they would if all was kept."""
+
+
+LIMITS = """
+import resource
+from app.server import _most_connections
+print(_most_connections(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
 
 
 def connect(address):
@@ -130,6 +140,17 @@ async def test_large_bodies_together_are_limited_and_small_ones_go_on(client, ap
     assert (await small).status_code == 202
     again = await client.put("/documents/two?wait=false", content=parts(900_000), headers=headers)
     assert again.status_code == 202
+
+
+def test_a_server_takes_as_many_files_as_it_is_allowed():
+    said = subprocess.run(
+        ["sh", "-c", f'ulimit -Sn 1024; ulimit -Hn 3000; exec "{sys.executable}" -c "$0"', LIMITS],
+        capture_output=True,
+        check=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ).stdout
+    assert said.split() == [str(3_000 - OTHER_FILES), "3000"]
 
 
 @pytest.fixture

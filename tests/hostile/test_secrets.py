@@ -123,6 +123,28 @@ def test_no_wrong_address_shows_its_password(run, url):
     assert status == 2
 
 
+@pytest.mark.parametrize(
+    "password", [quote(PASSWORD, safe=""), PASSWORD, f"{MARK}?#"], ids=["quoted", "slash", "query"]
+)
+def test_no_model_is_recorded_with_a_password_in_its_address(run, settings, owner_url, openai, owner, password):
+    address = openai.url.replace("://", f"://user:{password}@")
+    environ = {
+        "DATABASE_URL": settings.database_url,
+        "PGRECALL_MIGRATION_URL": owner_url,
+        "PGRECALL_EMBEDDING_DIMENSIONS": str(DIMENSIONS),
+        "PGRECALL_LOG_LEVEL": "debug",
+    }
+    for step in ("plan", "backfill"):
+        for base_url, given in ((openai.url, ("--base-url", address)), (address, ())):
+            command = ("model", step, "text-embedding-3-large", "--dimensions", "32", *given)
+            status, out, err = run(environ | {"OPENAI_BASE_URL": base_url}, *command)
+            assert_unmarked(out, err)
+            said = "has a user or a password in it" if given or "?" not in address else "OPENAI_BASE_URL: "
+            assert (status, said in err) == (2, True), err
+    assert owner.execute("select count(*) from embedding_models").fetchone() == (1,)
+    assert openai.calls == []
+
+
 def test_settings_may_be_printed():
     secret = dict.fromkeys(SECRET, KEY)
     urls = {

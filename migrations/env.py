@@ -19,8 +19,15 @@ PREPARE = (
 )
 """What every migration's session begins with; the last finds pgvector where it is in a schema of its own."""
 
-ANNOUNCE = f"select pg_try_advisory_lock({isolation.MIGRATOR_LOCK})"
-"""Says to services, until the session ends, that a migration runs."""
+ANNOUNCE = f"""do $$ begin
+    if not pg_try_advisory_lock({isolation.MIGRATOR_LOCK}) then
+        raise exception 'another migration is running: look at pg_locks and pg_stat_activity, then run this again';
+    end if;
+end $$"""
+"""Says to services and other migrators that a migration runs."""
+
+RELEASE = f"select pg_advisory_unlock({isolation.MIGRATOR_LOCK})"
+"""A session that ends lets go of it by itself, but only a moment later: the next step may come sooner."""
 
 
 def _configure(options: settings.Settings, connection: Connection | None, steps: progress.Steps | None = None) -> None:
@@ -75,6 +82,7 @@ def offline(options: settings.Settings) -> None:
         for statement in (ANNOUNCE, *PREPARE):
             context.execute(statement)
         context.run_migrations()
+        context.execute(RELEASE)
 
 
 def online(connection: Connection, options: settings.Settings) -> None:

@@ -167,11 +167,12 @@ drop policy if exists worker_sources_update on sources;
 create policy worker_sources_update on sources for update to pgrecall_worker using (true) with check (true);
 """)
     _comment(BEFORE)
-    # The view was made anew, and its columns' comments with it: they are those of the table.
+    # The view was made anew, and its columns' comments with it: they are those of the table. No percent sign in here:
+    # offline mode would print it twice.
     _execute("""do $$ declare named record; begin
     for named in select v.attname, col_description(s.attrelid, s.attnum) as says
                    from pg_attribute v join pg_attribute s on s.attname = v.attname and s.attrelid = 'sources'::regclass
                   where v.attrelid = 'tenant_sources'::regclass and v.attnum > 0 and not v.attisdropped loop
-        execute format('comment on column tenant_sources.%I is %L', named.attname, named.says);
+        execute 'comment on column tenant_sources.' || quote_ident(named.attname) || ' is ' || quote_nullable(named.says);
     end loop;
 end $$""")

@@ -228,6 +228,10 @@ def test_a_database_of_an_older_release_is_migrated_as_the_page_on_deploying_sho
         "postgresql://app_owner@db/app": shlex.quote(cluster.url(name, local.OWNER)),
         "postgresql://app_service@db/app": shlex.quote(cluster.url(name, local.SERVICE)),
     }
+    shell.places |= {
+        "postgresql://postgres@db/app": shlex.quote(cluster.url(name)),
+        "DATABASE app ": f"DATABASE {name} ",
+    }
     schema.migrate(Settings(migration_url=cluster.url(name, local.OWNER)), "0005")
     try:
         check(shell, (root / "docs/deploy.md").read_text())

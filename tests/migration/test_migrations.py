@@ -159,6 +159,7 @@ def test_offline_sql_makes_the_same_schema_and_says_what_it_waits_for(settings, 
     assert snapshot(settings.migration_url) == offline
     command.downgrade(config, "head:base", sql=True)
     assert "drop table documents" in printed.getvalue()
+    assert "%%" not in printed.getvalue()
 
 
 def test_two_migrators_at_once_one_works_the_other_finds_nothing_to_do(cluster, settings, root):

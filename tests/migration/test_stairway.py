@@ -135,11 +135,29 @@ def lost(before, after):
             yield f"rows of {table}: {had} became {after[table][1]}"
 
 
-def dropped(revision, root):
-    """What docs/deploy.md says that the downgrade of a revision drops."""
-    row = re.search(rf"^\| {revision} \|.*\|(.*)\|$", (root / "docs/deploy.md").read_text(), re.MULTILINE)
+def stated(revision, root):
+    """What docs/deploy.md says in backticks of a revision: in what it contracts, and in what its downgrade drops."""
+    row = re.search(rf"^\| {revision} \|(.*)\|$", (root / "docs/deploy.md").read_text(), re.MULTILINE)
     assert row, f"docs/deploy.md says nothing of revision {revision}"
-    return re.findall(r"`([a-z_.]+)`", row[1])
+    _, step, *_, drops = row[1].split("|")
+    expands, _, contracts = step.partition("contract")
+    assert expands.strip().startswith("expand")
+    return [sorted(set(re.findall(r"`([a-z_.]+)`", part))) for part in (contracts, drops)]
+
+
+NAMES = """
+select c.relname from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'v', 'i')
+union
+select c.relname || '.' || a.attname from pg_class c join pg_attribute a on a.attrelid = c.oid
+ where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and a.attnum > 0 and not a.attisdropped
+union
+select p.oid::regprocedure::text from pg_proc p where p.pronamespace = 'public'::regnamespace
+"""
+"""What code may name."""
+
+
+def names(connection):
+    return {name for (name,) in connection.execute(NAMES)}
 
 
 @pytest.mark.parametrize("revision", BEFORE)
@@ -148,15 +166,17 @@ def test_up_down_and_up_again_with_rows_in(revision, config, settings, owner, ro
     if before != "base":
         command.upgrade(config, before)
     fill(owner)
-    bare, old = snapshot(url), held(owner)
+    contracts, drops_stated = stated(revision, root)
+    bare, old, named = snapshot(url), held(owner), names(owner)
     command.upgrade(config, revision)
+    assert sorted(named - names(owner)) == contracts
     assert list(lost(old, held(owner, old))) == []
     fill(owner)
     made, full = snapshot(url), held(owner)
     new = {name for table, (columns, _) in full.items() for name in [table, *(f"{table}.{c}" for c in columns)]}
     new -= {name for table, (columns, _) in old.items() for name in [table, *(f"{table}.{c}" for c in columns)]}
     drops = {name for name in new if "." not in name or name.partition(".")[0] not in new}
-    assert sorted(drops) == sorted(set(dropped(revision, root)))
+    assert sorted(drops) == drops_stated
 
     command.downgrade(config, before)
     if before != "base":

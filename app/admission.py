@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
+from msgspec import UNSET
 
 from app import commands, erasing, erasure, keys, registry, schema, tenants, terminal
 from app.database import connect
@@ -20,21 +21,43 @@ from app.statements import Statement
 
 OPTIONS = {"scopes": "--scope", "tenant_id": "--tenant", "name": "--name", "expires_at": "--days"}
 MAX_DAYS = 36_500
+TO_LIMIT = "--max-rows N, --tokens-per-day N, or both, none for no limit"
 
 
 def create_tenant(arguments: Namespace, config: Settings) -> int:
-    """Register a tenant, or set limits of one."""
+    """Register a tenant with its limits, or set those of one that is."""
+    return _put_tenant(arguments, config, new=True)
+
+
+def limit_tenant(arguments: Namespace, config: Settings) -> int:
+    """Set limits of a tenant that is registered; a name that is misspelt registers nobody."""
+    if arguments.max_rows is UNSET and arguments.tokens_per_day is UNSET:
+        raise BadInput("", f"nothing to set; allowed: {TO_LIMIT}")
+    return _put_tenant(arguments, config, new=False)
+
+
+def _put_tenant(arguments: Namespace, config: Settings, *, new: bool) -> int:
+    name = arguments.tenant
+    limits = (arguments.max_rows, arguments.tokens_per_day)
+    statement = registry.put_tenant(name, *limits, spelt=lambda field: _option(field, "tenant"))
     with _owner(config) as run:
-        statement = registry.put_tenant(
-            arguments.tenant, arguments.max_rows, arguments.tokens_per_day, spelt=lambda name: _option(name, "tenant")
-        )
+        before = run(registry.list_tenants(tenant_id=name))
+        if not new and not (before and before[0]["created_at"]):
+            raise BadInput("tenant", f"there is no tenant {name!r}; register it: pgrecall tenant create {name}")
         created = run(statement)[0]["created"]
-        (row,) = run(registry.list_tenants(tenant_id=arguments.tenant))
+        (row,) = run(registry.list_tenants(tenant_id=name))
     if arguments.json:
         terminal.json(row | {"created": created})
+        return 0
+    if created:
+        terminal.say(f"tenant {name} is registered")
+    elif limits == (UNSET, UNSET):
+        terminal.say(
+            f"tenant {name} was registered before and nothing is changed; its limits: pgrecall tenant limit {name}"
+        )
     else:
-        terminal.say(f"tenant {arguments.tenant} is registered" if created else f"tenant {arguments.tenant} was there")
-        _tenants([row])
+        terminal.say(f"limits of tenant {name} are set; servers know them within {config.key_cache:g} seconds")
+    _tenants([row])
     return 0
 
 
@@ -120,6 +143,8 @@ def list_keys(arguments: Namespace, config: Settings) -> int:
     wanted = getattr(arguments, "tenant", None)
     with _owner(config) as run:
         rows = [row for row in run(registry.list_keys()) if wanted in (None, row["tenant_id"])]
+        if wanted is not None and not rows and not run(registry.list_tenants(tenant_id=wanted)):
+            raise BadInput("--tenant", f"there is no tenant {wanted!r}")
     if arguments.json:
         terminal.json({"keys": rows})
         return 0

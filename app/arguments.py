@@ -396,19 +396,21 @@ def _admitting(command: Callable[..., argparse.ArgumentParser]) -> None:
         admission.list_tenants,
         "Register tenants that keys are made for, set their limits, list and delete them.",
         "pgrecall tenant create acme --max-rows 1000000 --tokens-per-day 5000000",
-        "pgrecall tenant list",
+        "pgrecall tenant limit acme --max-rows none",
         "pgrecall tenant delete acme",
     )
-    made = step("create", admission.create_tenant, "Register a tenant, or set limits of one that is registered.")
-    made.add_argument("tenant", help="its name")
-    made.add_argument("--max-rows", type=_limit, default=UNSET, metavar="N", help="chunks it may have; none: no limit")
-    made.add_argument(
-        "--tokens-per-day", type=_limit, default=UNSET, metavar="N", help="tokens its keys may spend; none: no limit"
-    )
+    for verb, run, summary in (
+        ("create", admission.create_tenant, "Register a tenant, or set limits of one that is registered."),
+        ("limit", admission.limit_tenant, "Set limits of a tenant that is registered."),
+    ):
+        made = step(verb, run, summary)
+        made.add_argument("tenant", help="its name")
+        for name, what in (("--max-rows", "chunks it may have"), ("--tokens-per-day", "tokens its keys may spend")):
+            made.add_argument(name, type=_limit, default=UNSET, metavar="N", help=f"{what}; none: no limit")
     step("list", admission.list_tenants, "List the tenants, registered or in use.")
-    gone = step("delete", admission.delete_tenant, "Revoke a tenant's keys, erase all it has, strike it off.")
-    gone.add_argument("tenant", help="its name")
-    gone.add_argument("--yes", action="store_true", help="do not ask")
+    made = step("delete", admission.delete_tenant, "Revoke a tenant's keys, erase all it has, strike it off.")
+    made.add_argument("tenant", help="its name")
+    made.add_argument("--yes", action="store_true", help="do not ask")
 
     step = several(
         "key",
@@ -426,8 +428,8 @@ def _admitting(command: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--days", type=float, metavar="N", help="after which it expires (never)")
     made.add_argument("--requests-per-minute", type=_whole(1, 10**12), metavar="N", help="(no limit)")
     made.add_argument("--concurrent-streams", type=_whole(0, 10**12), metavar="N", help="(no limit)")
-    listed = step("list", admission.list_keys, "List the keys, without what is secret of them.")
-    listed.add_argument("--tenant", help="only this tenant's")
+    made = step("list", admission.list_keys, "List the keys, without what is secret of them.")
+    made.add_argument("--tenant", help="only this tenant's")
     step("revoke", admission.revoke_key, "Have a key refused from now on.").add_argument(
         "prefix", help="what stands between pgr_ and the next _"
     )
@@ -491,11 +493,8 @@ def _serving(added: argparse.ArgumentParser) -> None:
     worker.add_argument(
         "--without-worker", dest="with_worker", action="store_false", help="leave that to `pgrecall worker`"
     )
-    added.add_argument(
-        "--insecure",
-        action="store_true",
-        help="listen on an address others can reach although the database has no keys",
-    )
+    insecure = "listen on an address others can reach although the database has no keys"
+    added.add_argument("--insecure", action="store_true", help=insecure)
 
 
 def _json(added: argparse.ArgumentParser) -> None:

@@ -144,7 +144,7 @@ class Database:
 
         `alone`: no other write of the tenant runs beside it, which is for erasing. `limit`: seconds a statement may take,
         PGRECALL_STATEMENT_TIMEOUT unless given. Raises Unavailable where an erasure does not end soon. A connection that
-        turns out to be dead before the block begins is replaced once.
+        turns out to be dead before the block begins is replaced once; where none answers soon it is TimedOut.
         """
         identity = self._identity(tenant_id)
         if limit is not None:
@@ -154,8 +154,10 @@ class Database:
                 async with self._primary.lend() as lent:
                     connection, config = lent.connection, lent.search_path | identity
                     try:
-                        await connection.begin()
-                        await connection.execute(_begun(config, tenant_id, alone=alone))
+                        # From here on the server's own limits hold; only for a session may a pooler let it wait for ever.
+                        with lent.within(self._primary.patience + (WRITERS_END if alone else 0)):
+                            await connection.begin()
+                            await connection.execute(_begun(config, tenant_id, alone=alone))
                     except DBAPIError as error:
                         if isinstance(error.orig, psycopg.errors.LockNotAvailable):
                             await connection.rollback()

@@ -7,6 +7,7 @@ would cost every request what a search costs.
 
 import asyncio
 import hmac
+import logging
 import re
 import secrets
 import string
@@ -22,6 +23,8 @@ from app.database import Database
 from app.errors import LimitReached, NotAuthenticated, PoolExhausted
 from app.settings import Settings
 from app.statements import Statement
+
+log = logging.getLogger(__name__)
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
@@ -168,7 +171,10 @@ class Keys:
             return True
         begun = time.monotonic()
         if now or begun - self._looked >= self.settings.key_cache:
-            self._used = (await self.database.fetch_public(IN_USE))[0]["used"]
+            used = (await self.database.fetch_public(IN_USE))[0]["used"]
+            if used and not self._used and self._looked > float("-inf"):
+                log.info("the database has a key now: every request needs one from here on (docs/keys.md)")
+            self._used = self._used or used
             self._looked = begun
         return self._used
 

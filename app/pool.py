@@ -11,8 +11,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.types import TypeInfo
 from psycopg.types.json import set_json_loads
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -75,6 +76,20 @@ class Lent:
             register[name](self.driver, TypeInfo(name, oid, array_oid))
         self.has_vectors = bool(found)
         self.search_path = {"search_path": found[0][-1]} if found and found[0][-1] else {}
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Hang up where the other end does not answer in this time. Raises TimedOut."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(seconds, _hang_up, self.driver)
+        try:
+            yield
+        except (psycopg.Error, DBAPIError) as error:
+            if self.driver.closed and deadline.when() <= loop.time():
+                raise TimedOut("the database did not answer in time") from error
+            raise
+        finally:
+            deadline.cancel()
 
     @property
     def clean(self) -> bool:
@@ -132,6 +147,11 @@ class Pool:
         )
         event.listen(self._engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("begin"))
 
+    @property
+    def patience(self) -> float:
+        """Seconds an answer is waited for: from the server, or from a pooler that has no session to give."""
+        return self._settings.statement_timeout + GRACE
+
     async def close(self) -> None:
         """Close every connection; those that are lent, once they are given back."""
         self._open = False
@@ -176,7 +196,8 @@ class Pool:
             if lent.has_vectors and lent.used > max(self._suspected, time.monotonic() - IDLE_BEFORE_PING):
                 return lent
             try:
-                await lent.look()
+                with lent.within(self.patience):
+                    await lent.look()
             except psycopg.Error:
                 await lent.end()
             except BaseException:
@@ -190,8 +211,10 @@ class Pool:
             raise TypeError(f"expected a psycopg connection, have {type(driver)}")
         lent = Lent(connection, driver, None)
         try:
-            await lent.look()
-            if self._settings.prepared_statements and await self._prepares(driver):
+            with lent.within(self.patience):
+                await lent.look()
+                prepares = self._settings.prepared_statements and await self._prepares(driver)
+            if prepares:
                 lent.prepared = Prepared()
                 driver.prepare_threshold = PREPARE_FROM
         except BaseException:
@@ -210,30 +233,26 @@ class Pool:
 
     async def run(self, config: Mapping[str, str], statements: Sequence[Statement]) -> list[list[dict[str, Any]]]:
         """The rows of each statement, under these settings; a connection that turns out to be dead is replaced once."""
-        patience = self._settings.statement_timeout + GRACE
-        loop = asyncio.get_running_loop()
         last_try = False
         while True:
             async with self.lend() as lent:
-                deadline = loop.call_later(patience, _hang_up, lent.driver)
                 try:
-                    return await roundtrip.run(lent.driver, lent.prepared, {**lent.search_path, **config}, statements)
+                    with lent.within(self.patience):
+                        return await roundtrip.run(
+                            lent.driver, lent.prepared, {**lent.search_path, **config}, statements
+                        )
                 except _OUTDATED:
                     if last_try or lent.prepared is None:
                         raise
                     for each in (lent, *self._free):
                         if each.prepared is not None:
                             each.prepared.forget()
-                except psycopg.Error as error:
+                except psycopg.Error:
                     if not lent.driver.broken:
                         raise
-                    if deadline.when() <= loop.time():
-                        raise TimedOut("the database did not answer in time") from error
                     self.suspect()
                     if last_try:
                         raise
-                finally:
-                    deadline.cancel()
             last_try = True
 
 

@@ -26,6 +26,13 @@ LIFE = timedelta(days=36_500)
 LIST_KEYS = "select * from list_keys(%(by)s, %(proof)s)"
 """Every key, or those of the tenant an admin key is bound to."""
 
+PAGE_OF_KEYS = """
+select * from list_keys(%(by)s, %(proof)s)
+ where %(after)s::text is null or prefix > %(after)s collate "C"
+ order by prefix collate "C" limit %(limit)s
+"""
+"""The keys that come next by their prefixes."""
+
 CREATE_KEY = """
 select * from create_key(%(by)s, %(proof)s, %(prefix)s, %(digest)s, %(name)s, %(scopes)s::text[], %(tenant_id)s,
                          %(expires_at)s::timestamptz, %(requests_per_minute)s::bigint, %(concurrent_streams)s::bigint)
@@ -37,6 +44,13 @@ REVOKE_KEY = "select * from revoke_key(%(by)s, %(proof)s, %(prefix)s)"
 
 LIST_TENANTS = "select * from list_tenants(%(by)s, %(proof)s, %(tenant_id)s::text)"
 """Every tenant that is registered or has chunks; or one."""
+
+PAGE_OF_TENANTS = """
+select * from list_tenants(%(by)s, %(proof)s, null)
+ where %(after)s::text is null or tenant_id > %(after)s collate "C"
+ order by tenant_id collate "C" limit %(limit)s
+"""
+"""The tenants that come next by their names."""
 
 PUT_TENANT = """
 select put_tenant(%(by)s, %(proof)s, %(tenant_id)s, %(sets_rows)s, %(max_rows)s::bigint, %(sets_tokens)s,
@@ -62,6 +76,11 @@ class Asked(NamedTuple):
 def list_keys(by: Caller | None = None) -> Statement:
     """A row for each key, without what is secret of it: the columns of LIST_KEYS, None for never, no limit, every tenant."""
     return Statement("list keys", LIST_KEYS, _proof(by))
+
+
+def page_of_keys(by: Caller | None, limit: int, after: str | None) -> Statement:
+    """At most `limit` rows, as of `list_keys`, by their prefixes: those behind `after`."""
+    return Statement("page of keys", PAGE_OF_KEYS, _proof(by) | {"limit": limit, "after": after})
 
 
 def create_key(asked: Asked, minted: Minted, by: Caller | None = None, spelt: Callable[[str], str] = str) -> Statement:
@@ -105,6 +124,11 @@ def list_tenants(by: Caller | None = None, tenant_id: str | None = None) -> Stat
     `created_at` is None where it is in use without being registered.
     """
     return Statement("list tenants", LIST_TENANTS, _proof(by) | {"tenant_id": tenant_id})
+
+
+def page_of_tenants(by: Caller | None, limit: int, after: str | None) -> Statement:
+    """At most `limit` rows, as of `list_tenants`, by their names: those behind `after`."""
+    return Statement("page of tenants", PAGE_OF_TENANTS, _proof(by) | {"limit": limit, "after": after})
 
 
 def put_tenant(

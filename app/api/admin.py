@@ -20,12 +20,15 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from app import erasure, keys, registry, tenants
 from app.api import guard, operations, problems
 from app.api.erasure import Erasure, TenantPath, example, told
+from app.api.parameters import MAX_PAGE, After, Limit
 from app.api.search import TenantId
 from app.api.service import Service
-from app.drafts import check_text
+from app.drafts import check_range, check_text
+from app.errors import NotRegistered
 from app.registry import Asked
 
 MAX_PREFIX_BYTES = 100
+MAX_AFTER_BYTES = 512
 NO_STORE = {"Cache-Control": "no-store"}
 
 MaxRows = Annotated[
@@ -64,10 +67,11 @@ class TenantShown(Struct, kw_only=True):
     keys: Annotated[int, Meta(description="Keys that are valid now.")]
 
 
-class TenantList(Struct):
-    """Every tenant this key may see."""
+class TenantPage(Struct):
+    """Tenants this key may see, by name. `next` is the `after` of the next page, null on the last."""
 
     tenants: list[TenantShown]
+    next: str | None
 
 
 class Deletion(Struct):
@@ -119,10 +123,11 @@ class NewKey(KeyShown, kw_only=True):
     key: str
 
 
-class KeyList(Struct):
-    """Every key this one may see."""
+class KeyPage(Struct):
+    """Keys this one may see, by prefix. `next` is the `after` of the next page, null on the last."""
 
     keys: list[KeyShown]
+    next: str | None
 
 
 _MOMENT = datetime.fromisoformat("2026-01-31T12:00:00+00:00")
@@ -188,12 +193,26 @@ async def put_tenant(
     tags=["admin"],
     operation_class=operations.Described,
     responses=problems.documented()
-    | {200: ResponseSpec(TenantList, description="All", examples=[Example("one", value=TenantList([_TENANT]))])},
+    | {
+        200: ResponseSpec(
+            TenantPage, description="A page", examples=[Example("the last page", value=TenantPage([_TENANT], None))]
+        )
+    },
 )
-async def list_tenants(request: Request[Any, Any, Any], service: NamedDependency[Service]) -> TenantList:
+async def list_tenants(
+    request: Request[Any, Any, Any], service: NamedDependency[Service], limit: Limit = 100, after: After = None
+) -> TenantPage:
     """Those that are registered, and those that have chunks without being registered."""
-    rows = await registry.run(service.database, registry.list_tenants(guard.caller_of(request)))
-    return TenantList([TenantShown(**row) for row in rows])
+    _check_page(limit, after)
+    rows = await registry.run(service.database, registry.page_of_tenants(guard.caller_of(request), limit + 1, after))
+    page = [TenantShown(**row) for row in rows[:limit]]
+    return TenantPage(page, page[-1].tenant_id if len(rows) > limit else None)
+
+
+def _check_page(limit: int, after: str | None) -> None:
+    check_range("limit", limit, 1, MAX_PAGE)
+    if after is not None:
+        check_text("after", after, 0, MAX_AFTER_BYTES)
 
 
 @delete(
@@ -204,7 +223,7 @@ async def list_tenants(request: Request[Any, Any, Any], service: NamedDependency
     tags=["admin"],
     status_code=200,
     operation_class=operations.Described,
-    responses=problems.documented()
+    responses=problems.documented(HTTPStatus.NOT_FOUND)
     | {
         200: ResponseSpec(
             Deletion, description="Deleted", examples=[Example("deleted", value=Deletion(2, example(None)))]
@@ -215,11 +234,16 @@ async def delete_tenant(
     request: Request[Any, Any, Any], service: NamedDependency[Service], tenant_id: TenantPath
 ) -> Deletion:
     """Its keys are revoked; once no server takes them any more, all it has is erased. Cannot be undone."""
-    statement = registry.delete_tenant(tenants.check(tenant_id), guard.caller_of(request))
+    by = guard.caller_of(request)
+    statement = registry.delete_tenant(tenants.check(tenant_id), by)
+    known = await registry.run(service.database, registry.list_tenants(by, tenant_id))
     revoked = (await registry.run(service.database, statement))[0]["revoked"]
     if revoked:
         await asyncio.sleep(service.settings.key_cache)
     erased = await erasure.tenant(service.database, service.settings, tenant_id)
+    # Documents that wait to be embedded are no chunks yet: a tenant of nothing else is known by what was erased.
+    if not known and not revoked and not any(erased.removed.values()):
+        raise NotRegistered(f"there is no tenant {tenant_id!r}")
     return Deletion(revoked, told(erased, registered=False))
 
 
@@ -254,12 +278,22 @@ async def create_key(
     tags=["admin"],
     operation_class=operations.Described,
     responses=problems.documented()
-    | {200: ResponseSpec(KeyList, description="All", examples=[Example("one", value=KeyList([KeyShown(**_SHOWN)]))])},
+    | {
+        200: ResponseSpec(
+            KeyPage,
+            description="A page",
+            examples=[Example("the last page", value=KeyPage([KeyShown(**_SHOWN)], None))],
+        )
+    },
 )
-async def list_keys(request: Request[Any, Any, Any], service: NamedDependency[Service]) -> KeyList:
+async def list_keys(
+    request: Request[Any, Any, Any], service: NamedDependency[Service], limit: Limit = 100, after: After = None
+) -> KeyPage:
     """With their last use, to about a minute; revoked and expired ones, too."""
-    rows = await registry.run(service.database, registry.list_keys(guard.caller_of(request)))
-    return KeyList([KeyShown(**row) for row in rows])
+    _check_page(limit, after)
+    rows = await registry.run(service.database, registry.page_of_keys(guard.caller_of(request), limit + 1, after))
+    page = [KeyShown(**row) for row in rows[:limit]]
+    return KeyPage(page, page[-1].prefix if len(rows) > limit else None)
 
 
 @delete(

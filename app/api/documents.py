@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 from app import documents, erasure, tenants, upsert
 from app.api import guard, operations, problems
 from app.api.erasure import Erasure, example, told
+from app.api.parameters import MAX_PAGE, After, Limit
 from app.api.paths import decoded
 from app.api.preconditions import Precondition, quoted
 from app.api.search import TenantId, conditions
@@ -29,7 +30,6 @@ from app.outcomes import Outcome
 from app.tags import tag
 
 MAX_BATCH_BODY = 64_000_000
-MAX_PAGE = 1_000
 BYTES_A_TOKEN = 4
 """Of text that is embedded later, for a limit of tokens; of English text about right."""
 
@@ -384,14 +384,6 @@ StateQuery = Annotated[
 ]
 DocTypeQuery = Annotated[list[str] | None, QueryParameter(name="doc_type", description="One of these types.")]
 
-
-# The range is checked in the handler, whose message names both ends.
-Limit = Annotated[
-    int,
-    QueryParameter(
-        description=f"Documents a page, 1 to {MAX_PAGE:,}.", schema_extra={"minimum": 1, "maximum": MAX_PAGE}
-    ),
-]
 AfterQuery = Annotated[
     datetime | None, QueryParameter(description="created_at at or after this moment (with time zone).")
 ]
@@ -427,7 +419,7 @@ async def list_documents(
     service: NamedDependency[Service],
     tenant_id: TenantQuery,
     limit: Limit = 100,
-    after: Annotated[str | None, QueryParameter(description="`next` of the page before.")] = None,
+    after: After = None,
     doc_type: DocTypeQuery = None,
     metadata: MetadataQuery = None,
     created_after: AfterQuery = None,

@@ -1,7 +1,7 @@
 """What a request may say beside its body: query parameters that its route knows, once each, and a type for its body."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 from litestar import Request
 from litestar.exceptions import HTTPException
@@ -9,6 +9,17 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import QueryParameter
 
 from app.errors import BadInput
+
+MAX_PAGE = 1_000
+
+# The range is checked in the handler, whose message names both ends.
+Limit = Annotated[
+    int,
+    QueryParameter(
+        description=f"How many make a page, 1 to {MAX_PAGE:,}.", schema_extra={"minimum": 1, "maximum": MAX_PAGE}
+    ),
+]
+After = Annotated[str | None, QueryParameter(description="`next` of the page before.")]
 
 
 def check(request: Request[Any, Any, Any]) -> None:

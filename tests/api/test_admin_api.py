@@ -59,11 +59,60 @@ async def test_a_tenants_life(settings, owner):
         gone = (await client.delete("/admin/tenants/acme")).json()
         assert (gone["revoked"], gone["erasure"]["complete"], gone["erasure"]["removed"]["sources"]) == (1, True, 1)
         assert (await client.get("/status", headers=own)).status_code == 401
-        assert (await client.get("/admin/tenants")).json() == {"tenants": []}
+        assert (await client.get("/admin/tenants")).json() == {"tenants": [], "next": None}
         assert owner.execute("select count(*) from sources").fetchone() == (0,)
         # Made again under the same name, it does not give the old keys back.
         await client.post("/admin/tenants", json={"tenant_id": "acme"})
         assert (await client.get("/status", headers=own)).status_code == 401
+
+
+async def test_a_tenant_that_never_was_cannot_be_deleted_and_one_that_only_waits_can(settings, owner):
+    admin = make(owner, "admin", tenant=None)
+    owner.execute("insert into sources (tenant_id, id, content) values ('waiting', 'a', 'text')")
+    async with served(settings) as client:
+        client.headers.update(admin)
+        assert "no tenant 'typo'" in assert_problem(await client.delete("/admin/tenants/typo"), 404)["detail"]
+        gone = await client.delete("/admin/tenants/waiting")
+        assert (gone.status_code, gone.json()["erasure"]["removed"]["sources"]) == (200, 1)
+        assert_problem(await client.delete("/admin/tenants/waiting"), 404)
+
+
+async def test_many_keys_and_tenants_come_in_pages(settings, owner):
+    admin = make(owner, "admin", tenant=None)
+    owner.execute("insert into tenants (tenant_id) select 'T-' || n from generate_series(1, 25) n")
+    owner.execute(
+        "insert into api_keys (prefix, key_hash, scopes, tenant_id) select lpad(n::text, 8, 'k'), sha256(n::text::bytea), "
+        "'{read}', 'T-' || 1 + n % 25 from generate_series(1, 10000) n"
+    )
+
+    async def pages(path, kind, name, limit):
+        found, after = [], {}
+        while True:
+            answer = (await client.get(path, params={"limit": limit, **after})).json()
+            assert len(answer[kind]) <= limit
+            found += [each[name] for each in answer[kind]]
+            if answer["next"] is None:
+                return found
+            after = {"after": answer["next"]}
+
+    async with served(settings) as client:
+        client.headers.update(admin)
+        assert len((await client.get("/admin/keys")).json()["keys"]) == 100
+        prefixes = await pages("/admin/keys", "keys", "prefix", 1000)
+        assert (len(prefixes), prefixes) == (10_001, sorted(set(prefixes)))
+        names = await pages("/admin/tenants", "tenants", "tenant_id", 10)
+        assert names == sorted(f"T-{n}" for n in range(1, 26))
+        for path in ("/admin/keys", "/admin/tenants"):
+            for wrong, words in (
+                ({"limit": 0}, "limit: is 0; allowed: 1 to 1,000"),
+                ({"limit": 1001}, "limit: is 1001; allowed: 1 to 1,000"),
+                ({"after": "\0"}, "after: has a NUL"),
+                ({"tenant_id": "T-1"}, "tenant_id: there is no such parameter"),
+            ):
+                assert words in assert_problem(await client.get(path, params=wrong), 400)["detail"]
+        client.headers.update(make(owner, "admin", tenant="T-7"))
+        assert len(await pages("/admin/keys", "keys", "prefix", 150)) == 401
+        assert await pages("/admin/tenants", "tenants", "tenant_id", 1) == ["T-7"]
 
 
 async def test_an_admin_key_of_no_tenant_reads_no_text(settings, owner):

@@ -1,6 +1,7 @@
 """Keys over HTTP: who is let in, as whom, and that nothing else is."""
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -248,9 +249,12 @@ async def test_last_use_is_written_down_beside_the_request(settings, owner):
                 await asyncio.sleep(0.01)
 
 
-async def test_the_first_key_closes_a_running_server_for_good(settings, owner):
+async def test_the_first_key_closes_a_running_server_for_good_and_the_log_says_so(settings, owner, caplog):
+    caplog.set_level(logging.INFO, "app.keys")
     async with served(settings) as client:
+        logging.getLogger().addHandler(caplog.handler)
         assert (await client.get("/status", params={"tenant_id": "acme"})).status_code == 200
+        assert "has a key now" not in caplog.text
         key = make(owner, "read")
         # Whoever brings a key is looked up at once; who brings none, after the time in which nothing is looked at.
         assert (await client.get("/status", headers=key)).status_code == 200
@@ -258,6 +262,7 @@ async def test_the_first_key_closes_a_running_server_for_good(settings, owner):
         owner.execute("delete from api_keys")
         await asyncio.sleep(CACHED + 0.05)
         assert (await client.get("/status", params={"tenant_id": "acme"})).status_code == 401
+        assert caplog.text.count("has a key now") == 1
     async with served(settings, auth="keys") as client:
         assert (await client.get("/status", params={"tenant_id": "acme"})).status_code == 401
 

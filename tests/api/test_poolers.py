@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from app import commands, local, telemetry
+from app import commands, local, pool, telemetry
 from app.database import Database
 from app.embedding import open_embedder
 from app.worker import Worker
@@ -123,6 +123,29 @@ async def test_where_every_session_is_taken_writes_and_searches_are_told_to_come
             assert (put.status_code, found.status_code) == (503, 503), (put.text, found.text)
             assert "retry-after" in put.headers
             assert (await client.put("/documents/a", json=body)).status_code == 201
+
+
+async def test_a_pooler_that_has_no_session_to_give_is_not_waited_for(settings, server, database_name, monkeypatch):
+    """PgBouncer's own patience is 120 s."""
+    with pgbouncer.running(PROGRAM, server, local.SERVICE, connections=1) as busy:
+        url = busy.url(database_name, local.SERVICE)
+        body = {"tenant_id": "acme", "content": "Otters swim."}
+        search = {"tenant_id": "acme", "embedding": [1.0] * 64}
+        async with serving(replace(settings, database_url=url)) as client:
+            for known in (False, True):  # the connections to the pooler, at first there are none
+                with psycopg.connect(url) as taken, monkeypatch.context() as patched:
+                    taken.execute("select 1")
+                    patched.setattr(pool.Pool, "patience", 0.3)
+                    asked = (
+                        client.put("/documents/a", json=body),
+                        client.delete("/documents/b", params={"tenant_id": "acme"}),
+                        client.post("/search", json=search),
+                    )
+                    for answer in await asyncio.gather(*asked):
+                        assert answer.status_code == 504, answer.text
+                        assert "in time" in answer.json()["detail"]
+                assert (await client.put("/documents/a", json=body)).status_code == (200 if known else 201)
+                assert (await client.post("/search", json=search)).status_code == 200
 
 
 async def test_two_tenants_on_one_session_never_meet(client, settings, owner):

@@ -28,6 +28,13 @@ def test_a_tenant_and_its_keys_from_beginning_to_end(run, tmp_path):
     )
     _, out, _ = run("tenant", "create", "acme", "--max-rows", "none", "--json")
     assert json.loads(out)["max_rows"] is None
+    _, out, err = run("tenant", "create", "acme")
+    assert "registered before and nothing is changed; its limits: pgrecall tenant limit acme" in err
+    assert "acme" in out
+    status, out, err = run("tenant", "limit", "acme", "--tokens-per-day", "1234")
+    assert (status, "1,234" in out, "servers know them within 0.1 seconds" in err) == (0, True, True)
+    _, out, _ = run("tenant", "limit", "acme", "--tokens-per-day", "none", "--json")
+    assert json.loads(out)["tokens_per_day"] is None
 
     status, out, err = run("key", "create", "--tenant", "acme", "--scope", "read", "--scope", "write", "--days", "1")
     assert status == 0
@@ -40,6 +47,8 @@ def test_a_tenant_and_its_keys_from_beginning_to_end(run, tmp_path):
     listed = json.loads(run("key", "list", "--json")[1])["keys"]
     assert [each["tenant_id"] for each in listed] == [None, "acme"]
     assert len(json.loads(run("key", "list", "--tenant", "acme", "--json")[1])["keys"]) == 1
+    status, _, err = run("key", "list", "--tenant", "nobody")
+    assert (status, "--tenant: there is no tenant 'nobody'" in err) == (2, True)
     shown = run("key", "list")[1] + run("key")[1] + run("tenant")[1] + run("tenant", "list")[1]
     assert ops["prefix"] in shown
     assert ops["key"][13:] not in shown
@@ -74,6 +83,8 @@ def test_a_tenant_and_its_keys_from_beginning_to_end(run, tmp_path):
         (["key", "create", "--scope", "admin", "--days", "0"], "--days: is 0; allowed"),
         (["key", "create", "--scope", "admin", "--days", "nan"], "--days: is nan; allowed"),
         (["tenant", "delete", "a b", "--yes"], "tenant: 'a b' is not allowed"),
+        (["tenant", "limit", "nobody", "--max-rows", "1"], "tenant: there is no tenant 'nobody'; register it"),
+        (["tenant", "limit", "nobody"], "nothing to set; allowed: --max-rows N"),
     ],
 )
 def test_refusals_name_the_option(run, arguments, words):

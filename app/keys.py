@@ -184,34 +184,43 @@ class Keys:
             return None
         if not token or not _TOKEN.fullmatch(token):
             raise NotAuthenticated(REFUSED)
-        key = digest(token)
+        return await self._valid(digest(token), token[4:12])
+
+    async def still(self, caller: Caller | None) -> Caller | None:
+        """Who is asking, as of now, in a request that goes on for long. Raises as `caller` does."""
+        if caller is not None:
+            return await self._valid(caller.digest, caller.prefix)
+        if await self.required():
+            raise NotAuthenticated(REFUSED)
+        return None
+
+    async def _valid(self, key: bytes, prefix: str) -> Caller:
         found = self._known.get(key) or self._refused.get(key)
         if found is None or found[0] <= time.monotonic():
-            found = await self._asked(key, token)
+            found = await self._asked(key, prefix)
         if found[1] is None:
             raise NotAuthenticated(REFUSED)
         return found[1]
 
-    async def _asked(self, key: bytes, token: str) -> tuple[float, Caller | None]:
+    async def _asked(self, key: bytes, prefix: str) -> tuple[float, Caller | None]:
         """What the database says, asked once for all that want to know at the same time."""
         asking = self._asking.get(key)
         if asking is None:
-            asking = self._asking[key] = asyncio.create_task(self._look_up(key, token))
+            asking = self._asking[key] = asyncio.create_task(self._look_up(key, prefix))
             asking.add_done_callback(lambda _: self._asking.pop(key, None))
         return await asyncio.shield(asking)
 
-    async def _look_up(self, key: bytes, token: str) -> tuple[float, Caller | None]:
+    async def _look_up(self, key: bytes, prefix: str) -> tuple[float, Caller | None]:
         if key in self._known:  # and its time is over
-            return await self._found(key, token)
+            return await self._found(key, prefix)
         async with self._doubt.turn():
-            found = await self._found(key, token)
+            found = await self._found(key, prefix)
             if found[1] is None:
                 self._doubt.wrong()
             return found
 
-    async def _found(self, key: bytes, token: str) -> tuple[float, Caller | None]:
+    async def _found(self, key: bytes, prefix: str) -> tuple[float, Caller | None]:
         begun = time.monotonic()
-        prefix = token[4:12]
         rows = await self.database.fetch_public(Statement("find key", FIND, {"prefix": prefix}))
         row: dict[str, Any] = rows[0] if rows else {"key_hash": _NOBODY, "revoked": True, "expires_in": None}
         lasts = self.settings.key_cache

@@ -152,7 +152,7 @@ async def stream_documents(
 
 @dataclass
 class _Allowed:
-    """What a key and its tenant may still store, asked before each batch; tokens of those before are charged then."""
+    """Whether a key is still valid and what its tenant may store, asked before each batch; tokens of those before are charged then."""
 
     service: Service
     caller: Caller | None
@@ -161,6 +161,7 @@ class _Allowed:
 
     async def check(self) -> None:
         self.charge()
+        self.caller = await self.service.keys.still(self.caller)
         await self.service.limits.storing(self.caller)
 
     def charge(self) -> None:

@@ -1,6 +1,7 @@
 """Keys over HTTP: who is let in, as whom, and that nothing else is."""
 
 import asyncio
+import json
 import logging
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -178,6 +179,34 @@ async def test_revoking_and_expiry_take_effect_within_the_time_keys_are_remember
         as_owner(owner, registry.revoke_key(prefix(key)))
         await asyncio.sleep(CACHED + 0.05)
         assert (await client.get("/status", headers=key)).status_code == 401
+
+
+@pytest.mark.parametrize("how", ["revoked", "tenant deleted", "first key made"])
+async def test_a_stream_that_goes_on_stores_nothing_more_once_its_key_is_refused(settings, owner, how):
+    key = {} if how == "first key made" else make(owner, "write")
+    admin = {} if how == "first key made" else make(owner, "admin", tenant=None)
+    headers = {"Content-Type": "application/x-ndjson", **key}
+    async with served(settings) as client:
+
+        async def body():
+            yield b'{"id": "a", "content": "text"}\n'
+            async with asyncio.timeout(10):
+                while owner.execute("select count(*) from sources").fetchone() != (1,):  # noqa: ASYNC110  the server's
+                    await asyncio.sleep(0.01)
+            if how == "revoked":
+                as_owner(owner, registry.revoke_key(prefix(key)))
+            elif how == "tenant deleted":
+                assert (await client.delete("/admin/tenants/acme", headers=admin)).status_code == 200
+            else:
+                make(owner, "read")
+            await asyncio.sleep(CACHED + 0.05)
+            yield b'{"id": "b", "content": "text"}\n'
+
+        answer = await client.post("/documents/stream?tenant_id=acme", content=body(), headers=headers)
+    first, second, summary = map(json.loads, answer.text.splitlines())
+    assert (first["status"], second["status"], second["error"]["status"]) == ("created", "failed", 401)
+    assert (summary["done"], summary["stopped"]["detail"]) == (False, keys.REFUSED)
+    assert owner.execute("select count(*) from sources where id = 'b'").fetchone() == (0,)
 
 
 async def test_a_remembered_key_asks_the_database_nothing_and_a_wrong_one_always(settings, owner, monkeypatch):

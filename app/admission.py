@@ -4,7 +4,7 @@ import asyncio
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -76,7 +76,7 @@ def delete_tenant(arguments: Namespace, config: Settings) -> int:
     """Revoke its keys, wait until no server takes them any more, erase. 1 where something could still be read afterwards."""
     name = arguments.tenant
     tenants.check(name, "tenant")
-    with _owner(config) as run, schema.provided(config) as ready:
+    with schema.provided(config) as ready, _owner(ready) as run:
         if not arguments.yes:
             asyncio.run(_confirm(name, ready))
         known = bool(run(registry.list_tenants(tenant_id=name)))
@@ -220,7 +220,11 @@ def _option(field: str, tenant: str) -> str:
 @contextmanager
 def _owner(config: Settings) -> Iterator[Any]:
     """Runs statements of the registry as the owner. Raises SetupError where the login is not the owner's."""
-    with schema.provided(config) as ready, schema.migration_url(ready) as url, connect(url) as connection:
+    with (
+        nullcontext(config) if config.migration_url else schema.provided(config) as ready,
+        schema.migration_url(ready) as url,
+        connect(url) as connection,
+    ):
 
         def run(statement: Statement) -> list[dict[str, Any]]:
             try:

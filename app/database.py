@@ -206,16 +206,18 @@ class Database:
         *,
         as_login: bool = False,
         replica: bool = False,
+        apart: bool = True,
         config: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
         """Rows that belong to no tenant: the schema's revision and the embedding model.
 
         `as_login`: without dropping the login's rights, for looking at what they are. `config`: settings besides.
 
-        Over a connection of its own: whether this process is ready is told while all others are in use.
+        Over a connection of its own, unless not `apart`: whether this process is ready, and who is asking, is told while
+        all others are in use.
         """
         config = dict(config or {}) | ({"statement_timeout": self._timeout_ms} if as_login else self._public)
-        pool = self._replica if replica else self._apart
+        pool = self._replica if replica else self._apart if apart else self._primary
         (rows,) = await _run(pool, config, [statement])
         return rows
 

@@ -160,7 +160,7 @@ def _proof(by: Caller | None) -> dict[str, Any]:
 
 async def run(database: Database, statement: Statement) -> list[dict[str, Any]]:
     """In the service, as pgrecall_app. Raises NotAuthenticated where the admin key is not valid any more."""
-    return await database.fetch_public(statement)
+    return await database.fetch_public(statement, apart=False)
 
 
 def run_as_owner(connection: psycopg.Connection[Any], statement: Statement) -> list[dict[str, Any]]:

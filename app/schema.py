@@ -17,7 +17,7 @@ from sqlalchemy import Connection, text
 from app import catalogue, isolation, local, model, spaces
 from app.database import Database, connect, translated
 from app.embedding import Embedder
-from app.errors import SchemaTooOld, SetupError, Unavailable
+from app.errors import SchemaTooOld, SetupError, Unavailable, WrongSetting
 from app.model import Model
 from app.replica import Standing
 from app.settings import Settings
@@ -59,10 +59,17 @@ def migration_url(settings: Settings) -> Iterator[str]:
 
 @contextmanager
 def provided(settings: Settings) -> Iterator[Settings]:
-    """Settings that name a database: the configured one as it is, else the embedded one, running and migrated."""
+    """Settings that name a database: the configured one as it is, else the embedded one, running and migrated.
+
+    Raises WrongSetting where only the owner's URL is set: the embedded database is not the one that is meant.
+    """
     if settings.database_url:
         yield settings
         return
+    if settings.migration_url:
+        raise WrongSetting(
+            "DATABASE_URL is not set and PGRECALL_MIGRATION_URL is: set both, DATABASE_URL to the service's login, or neither"
+        )
     database = local.start(settings)
     try:
         ready = msgspec.structs.replace(settings, database_url=database.service_url, migration_url=database.owner_url)

@@ -3,6 +3,7 @@
 import json
 import re
 
+import psycopg
 import pytest
 
 from app import keys, local, server
@@ -102,6 +103,14 @@ def test_only_the_owner_makes_keys(run, monkeypatch, data_dir):
             assert (status, "set PGRECALL_MIGRATION_URL to the owner's URL" in err) == (2, True), err
         monkeypatch.setenv("PGRECALL_MIGRATION_URL", database.owner_url)
         assert run("key", "list")[0] == 0
+        # The owner's URL is enough, and where it is not, no other database is taken for it.
+        monkeypatch.delenv("DATABASE_URL")
+        assert run("tenant", "create", "owners")[0] == 0
+        with psycopg.connect(database.owner_url) as owner:
+            assert owner.execute("select count(*) from tenants where tenant_id = 'owners'").fetchone() == (1,)
+        for arguments in (["tenant", "delete", "owners", "--yes"], ["search", "x", "--tenant", "owners"], ["status"]):
+            status, _, err = run(*arguments)
+            assert (status, "DATABASE_URL is not set and PGRECALL_MIGRATION_URL is" in err) == (2, True), err
     finally:
         database.close()
 

@@ -32,7 +32,7 @@ from app.errors import (
     TimedOut,
     Unavailable,
 )
-from app.pool import Pool
+from app.pool import Pool, within
 from app.replica import Replayed, Replica
 from app.settings import Settings
 from app.statements import Statement
@@ -155,7 +155,7 @@ class Database:
                     connection, config = lent.connection, lent.search_path | identity
                     try:
                         # From here on the server's own limits hold; only for a session may a pooler let it wait for ever.
-                        with lent.within(self._primary.patience + (WRITERS_END if alone else 0)):
+                        with within(self._primary.patience + (WRITERS_END if alone else 0), lent.driver):
                             await connection.begin()
                             await connection.execute(_begun(config, tenant_id, alone=alone))
                     except DBAPIError as error:

@@ -77,20 +77,6 @@ class Lent:
         self.has_vectors = bool(found)
         self.search_path = {"search_path": found[0][-1]} if found and found[0][-1] else {}
 
-    @contextmanager
-    def within(self, seconds: float) -> Iterator[None]:
-        """Hang up where the other end does not answer in this time. Raises TimedOut."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.call_later(seconds, _hang_up, self.driver)
-        try:
-            yield
-        except (psycopg.Error, DBAPIError) as error:
-            if self.driver.closed and deadline.when() <= loop.time():
-                raise TimedOut("the database did not answer in time") from error
-            raise
-        finally:
-            deadline.cancel()
-
     @property
     def clean(self) -> bool:
         """Whether nothing is left of what was done with it."""
@@ -118,24 +104,8 @@ class Pool:
 
     def __init__(self, url: str, settings: Settings) -> None:
         """`url` is a libpq URL. Nothing connects before the first use."""
-
-        async def open_connection() -> psycopg.AsyncConnection[Any]:
-            connection = await psycopg.AsyncConnection.connect(
-                url,
-                autocommit=True,
-                connect_timeout=5,
-                tcp_user_timeout=30_000,
-                # A server that is gone without a word is noticed in a minute, not in the kernel's two hours.
-                keepalives_idle=30,
-                keepalives_interval=10,
-                keepalives_count=3,
-                application_name="pgrecall",
-                client_encoding=roundtrip.ENCODING,
-            )
-            set_json_loads(_decoded, connection)
-            connection.prepare_threshold = None  # until it is known what is at the other end
-            return connection
-
+        self._url = url
+        self._handed: list[psycopg.AsyncConnection[Any]] = []
         self._settings = settings
         self._suspected = float("-inf")
         self._free: list[Lent] = []
@@ -143,7 +113,7 @@ class Pool:
         self._told = False
         self._turns = asyncio.Semaphore(settings.pool_size)
         self._engine = create_async_engine(
-            "postgresql+psycopg://", async_creator=open_connection, poolclass=NullPool, hide_parameters=True
+            "postgresql+psycopg://", async_creator=self._taken, poolclass=NullPool, hide_parameters=True
         )
         event.listen(self._engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("begin"))
 
@@ -196,7 +166,7 @@ class Pool:
             if lent.has_vectors and lent.used > max(self._suspected, time.monotonic() - IDLE_BEFORE_PING):
                 return lent
             try:
-                with lent.within(self.patience):
+                with within(self.patience, lent.driver):
                     await lent.look()
             except psycopg.Error:
                 await lent.end()
@@ -205,22 +175,30 @@ class Pool:
                 raise
             else:
                 return lent
-        connection = await self._engine.connect()
-        driver = (await connection.get_raw_connection()).driver_connection
-        if not isinstance(driver, psycopg.AsyncConnection):
-            raise TypeError(f"expected a psycopg connection, have {type(driver)}")
-        lent = Lent(connection, driver, None)
-        try:
-            with lent.within(self.patience):
+        driver = await _opened(self._url)
+        with within(self.patience, driver):
+            lent = Lent(await self._wrapped(driver), driver, None)
+            try:
                 await lent.look()
-                prepares = self._settings.prepared_statements and await self._prepares(driver)
-            if prepares:
-                lent.prepared = Prepared()
-                driver.prepare_threshold = PREPARE_FROM
-        except BaseException:
-            await lent.end()
-            raise
+                if self._settings.prepared_statements and await self._prepares(driver):
+                    lent.prepared = Prepared()
+                    driver.prepare_threshold = PREPARE_FROM
+            except BaseException:
+                await lent.end()
+                raise
         return lent
+
+    async def _wrapped(self, driver: psycopg.AsyncConnection[Any]) -> AsyncConnection:
+        """SQLAlchemy's connection around the driver's. Before it gives the first one out it asks the server for its version."""
+        self._handed.append(driver)
+        try:
+            return await self._engine.connect()
+        except BaseException:
+            driver.pgconn.finish()
+            raise
+
+    async def _taken(self) -> psycopg.AsyncConnection[Any]:
+        return self._handed.pop()
 
     async def _prepares(self, driver: psycopg.AsyncConnection[Any]) -> bool:
         """Whether statements prepared on it are there when they are used."""
@@ -237,7 +215,7 @@ class Pool:
         while True:
             async with self.lend() as lent:
                 try:
-                    with lent.within(self.patience):
+                    with within(self.patience, lent.driver):
                         return await roundtrip.run(
                             lent.driver, lent.prepared, {**lent.search_path, **config}, statements
                         )
@@ -254,6 +232,39 @@ class Pool:
                     if last_try:
                         raise
             last_try = True
+
+
+async def _opened(url: str) -> psycopg.AsyncConnection[Any]:
+    connection = await psycopg.AsyncConnection.connect(
+        url,
+        autocommit=True,
+        connect_timeout=5,
+        tcp_user_timeout=30_000,
+        # A server that is gone without a word is noticed in a minute, not in the kernel's two hours.
+        keepalives_idle=30,
+        keepalives_interval=10,
+        keepalives_count=3,
+        application_name="pgrecall",
+        client_encoding=roundtrip.ENCODING,
+    )
+    set_json_loads(_decoded, connection)
+    connection.prepare_threshold = None  # until it is known what is at the other end
+    return connection
+
+
+@contextmanager
+def within(seconds: float, driver: psycopg.AsyncConnection[Any]) -> Iterator[None]:
+    """Hang up where the other end does not answer in this time. Raises TimedOut."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.call_later(seconds, _hang_up, driver)
+    try:
+        yield
+    except (psycopg.Error, DBAPIError) as error:
+        if driver.closed and deadline.when() <= loop.time():
+            raise TimedOut("the database did not answer in time") from error
+        raise
+    finally:
+        deadline.cancel()
 
 
 def _decoded(value: str | bytes) -> Any:

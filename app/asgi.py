@@ -76,6 +76,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         lifespan=[partial(_opened, settings=settings)],
         plugins=[problems.plugin],
         middleware=[guard.KeyGuard(), BodyGuard(settings.body_timeout)],
+        before_send=[guard.tell_limit],
         request_class=StrictRequest,
         request_max_body_size=MAX_BODY,
         logging_config=None,  # Litestar's own would replace what telemetry set up: request ids and blotted secrets

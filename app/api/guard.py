@@ -17,18 +17,20 @@ from litestar.enums import ScopeType
 from litestar.handlers import HTTPRouteHandler
 from litestar.middleware import ASGIMiddleware
 from litestar.openapi.spec import Components, SecurityScheme
-from litestar.types import ASGIApp, Receive, Send
+from litestar.types import ASGIApp, Message, Receive, Send
 from litestar.types import Scope as Connection
 
 from app.api import parameters
 from app.api.service import Service
-from app.errors import BadInput, NotAllowed, NotAuthenticated
+from app.errors import BadInput, LimitReached, NotAllowed, NotAuthenticated
 from app.keys import Caller, Scope, token_of
 from app.tenants import LeftOut
 
 NEEDED = "needed_scope"
 KEYED = "never_without_a_key"
 _STREAMS = "streams"
+_LIMIT = "limit"
+_ENDS_IN = "minute_ends_in"
 
 COMPONENTS = Components(
     security_schemes={
@@ -40,6 +42,9 @@ COMPONENTS = Components(
         )
     }
 )
+
+MINUTE = 60
+"""Seconds in which a key's requests are counted."""
 
 UNSAFE = (
     "this address can be reached by others and there is no key yet: make one (`pgrecall key create`), listen on loopback, or "
@@ -70,7 +75,7 @@ class KeyGuard(ASGIMiddleware):
         if caller is None:
             _check_open(scope, handler, service)
         else:
-            await service.limits.request(caller)
+            await _count(scope, service, caller)
             if needed not in caller.scopes:
                 raise NotAllowed(
                     f"this needs a key with the scope {needed}; this key has {', '.join(sorted(caller.scopes))}"
@@ -82,6 +87,30 @@ class KeyGuard(ASGIMiddleware):
         finally:
             for ended in scope["state"].pop(_STREAMS, ()):
                 ended()
+
+
+async def _count(scope: Connection, service: Service, caller: Caller) -> None:
+    if caller.requests_per_minute is not None:
+        scope["state"][_LIMIT] = caller.requests_per_minute
+    try:
+        await service.limits.request(caller)
+    except LimitReached as reached:
+        scope["state"][_ENDS_IN] = reached.retry_after
+        raise
+
+
+async def tell_limit(message: Message, scope: Connection) -> None:
+    """Say in an answer what its key's limit is, and that it is reached, after draft-ietf-httpapi-ratelimit-headers-11.
+
+    How many requests are left before that is not said: other processes take their shares without this one's knowing.
+    """
+    limit = scope["state"].get(_LIMIT)
+    if limit is None or message["type"] != "http.response.start":
+        return
+    headers = [*message["headers"], (b"ratelimit-policy", f'"requests";q={limit};w={MINUTE}'.encode())]
+    if (ends_in := scope["state"].get(_ENDS_IN)) is not None:
+        headers.append((b"ratelimit", f'"requests";r=0;t={ends_in}'.encode()))
+    message["headers"] = headers
 
 
 def _check_open(scope: Connection, handler: Any, service: Service) -> None:

@@ -39,6 +39,12 @@ name for each piece, `{"token": …}`; then `usage`, with `model`, `usage`, `cit
 `detail`, where the answer ends unfinished; and `data: [DONE]` last."""
 
 
+_POLICY = 'With a key that has a limit: q requests in each w seconds, such as "requests";q=600;w=60.'
+_REACHED = (
+    'Where it is the limit of requests that is reached: none are left for t seconds, such as "requests";r=0;t=17.'
+)
+
+
 def _without_null(schema: Schema) -> None:
     if schema.one_of:
         kinds = schema.one_of
@@ -61,6 +67,9 @@ class Described(Operation):
         self._add("503", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again, where known.")
         self._add("429", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again.")
         self._add("401", "WWW-Authenticate", OpenAPIType.STRING, "Bearer: a key is asked for.")
+        self._add("429", "RateLimit", OpenAPIType.STRING, _REACHED)
+        for status in ("200", "201", "202", "429"):
+            self._add(status, "RateLimit-Policy", OpenAPIType.STRING, _POLICY)
         for parameter in self.parameters or ():
             if isinstance(parameter, Parameter) and (parameter.name, parameter.param_in) == ("tenant_id", "query"):
                 parameter.required = False

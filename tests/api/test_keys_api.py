@@ -345,6 +345,9 @@ async def test_the_openapi_document_says_what_keys_are_for(client):
             assert {"401", "403", "429"} <= set(operation["responses"]), (path, method)
             assert "Retry-After" in operation["responses"]["429"]["headers"]
             assert "WWW-Authenticate" in operation["responses"]["401"]["headers"]
+            assert "RateLimit" in operation["responses"]["429"]["headers"]
+            for status in {"200", "201", "202", "429"} & set(operation["responses"]):
+                assert "RateLimit-Policy" in operation["responses"][status]["headers"], (path, method)
             named = [p for p in operation.get("parameters", []) if p["name"] == "tenant_id" and p["in"] == "query"]
             assert not any(p.get("required") for p in named)
     for name in ("SearchRequest", "RagRequest", "PutDocument", "PutDocuments", "Retry"):

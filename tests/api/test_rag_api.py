@@ -585,6 +585,13 @@ async def test_a_client_that_stops_reading_and_then_goes_away_stops_the_model(se
     assert call.disconnected
 
 
+async def no_more_than_two_idle(served):
+    """One for all, one for whether it is ready; behind a pooler they may be the same."""
+    seen = await asyncio.to_thread(served.connections)
+    assert set(seen) == {("idle", None)}
+    assert len(seen) <= 2
+
+
 async def test_no_connection_is_held_while_streaming(served):
     served.openai.answer = "word " * 100
     served.openai.token_delay = 0.1
@@ -595,9 +602,7 @@ async def test_no_connection_is_held_while_streaming(served):
             began = time.monotonic()
             assert len(await found(client, query=QUESTION)) == len(DOCUMENTS)
             assert time.monotonic() - began < 2
-        assert (
-            await asyncio.to_thread(served.connections) == [("idle", None)] * 2
-        )  # one for all, one for whether it is ready
+        await no_more_than_two_idle(served)
         (call,) = served.openai.chat_calls
         assert not call.ended.is_set()
 
@@ -616,9 +621,7 @@ async def test_many_streams_share_one_connection(served):
         assert [(source["source"], source["id"]) for source in stream.sources] == [(1, f"of-{tenant}")]
         assert stream.text == "one two three [Source 1] four five six seven"
         assert stream.last == "usage"
-    assert (
-        await asyncio.to_thread(served.connections) == [("idle", None)] * 2
-    )  # one for all, one for whether it is ready
+    await no_more_than_two_idle(served)
 
 
 async def test_a_server_told_to_stop_finishes_its_streams(cluster, template, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 
 from tests.conftest import Cluster, cloned
@@ -18,12 +19,15 @@ def answering() -> Iterator[OpenAIServer]:
 
 @pytest.fixture(scope="session")
 def templates(cluster: Cluster, template: str, answering: OpenAIServer) -> Iterator[tuple[str, str]]:
-    """The name of a database with umbra in it, and of one without, which are alike but for that."""
+    """The name of a database with umbral in it, and of one without, which are alike but for that."""
     with contextlib.ExitStack() as stack:
         alone = stack.enter_context(cloned(cluster, template))
         worlds.fill(cluster, alone, answering.url, "acme")
         both = stack.enter_context(cloned(cluster, alone))
-        worlds.fill(cluster, both, answering.url, "umbra")
+        worlds.fill(cluster, both, answering.url, "umbral")
+        with psycopg.connect(cluster.url(both)) as admin:
+            buckets = "select count(distinct hashtextextended(tenant_id, 0) & 15) from documents"
+            assert admin.execute(buckets).fetchone() == (1,)
         yield both, alone
 
 

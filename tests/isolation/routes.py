@@ -168,12 +168,18 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 }
 """What belongs to a tenant."""
 
+SEARCHES = {("POST", "/search"), ("POST", "/search/batch"), ("POST", "/rag")}
+"""Those that only read although they are posted."""
+
+WALKING = (("POST", "/search"), ("POST", "/rag"))
+"""Those that are also asked to walk the index. Of a batch's searches some know what others have counted, as it happens."""
+
 KEYED: dict[tuple[str, str], Asked] = {
     ("GET", "/admin/tenants"): Asked("GET", "/admin/tenants"),
-    ("POST", "/admin/tenants"): Asked("POST", "/admin/tenants", {"tenant_id": "umbra"}),
-    ("DELETE", "/admin/tenants/{tenant_id}"): Asked("DELETE", "/admin/tenants/umbra"),
+    ("POST", "/admin/tenants"): Asked("POST", "/admin/tenants", {"tenant_id": "umbral"}),
+    ("DELETE", "/admin/tenants/{tenant_id}"): Asked("DELETE", "/admin/tenants/umbral"),
     ("GET", "/admin/keys"): Asked("GET", "/admin/keys"),
-    ("POST", "/admin/keys"): Asked("POST", "/admin/keys", {"tenant_id": "umbra", "scopes": ["read"]}),
+    ("POST", "/admin/keys"): Asked("POST", "/admin/keys", {"tenant_id": "umbral", "scopes": ["read"]}),
     ("DELETE", "/admin/keys/{prefix}"): Asked("DELETE", "/admin/keys/aaaaaaaa"),
 }
 """Not served without a key; what keys see is in tests/api/test_admin_api.py and test_keys_api.py."""

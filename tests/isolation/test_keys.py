@@ -9,12 +9,11 @@ from psycopg import sql
 
 from app import keys, registry
 from app.registry import Asked as Wanted
-from tests.isolation.routes import KEYED, RECIPES, Recipe
+from tests.isolation.routes import KEYED, RECIPES, SEARCHES, Recipe
 from tests.isolation.worlds import Asked, World, ask, difference, marked, serving
 
 ADMIN: dict[tuple[str, str], Recipe] = {route: lambda _, asked=asked: [asked] for route, asked in KEYED.items()}
 pytestmark = pytest.mark.long  # a minute and a half; make test has tests/api/test_keys_api.py
-READS = {("POST", "/search"), ("POST", "/search/batch"), ("POST", "/rag")}
 
 
 class Minted(NamedTuple):
@@ -33,8 +32,8 @@ KEYS = [
     Minted("expired", "acme", ("read", "write", "admin"), keys.mint()),
     Minted("admin's", "acme", ("admin",), keys.mint()),
 ]
-FOREIGN = Minted("umbra's", "umbra", ("read", "write", "admin"), keys.mint())
-"""There only where umbra is."""
+FOREIGN = Minted("umbral's", "umbral", ("read", "write", "admin"), keys.mint())
+"""There only where umbral is."""
 SPOILT = "pgr_aaaaaaaa_" + "a" * 32
 
 
@@ -66,11 +65,11 @@ def token_of(name: str) -> str:
 
 
 STATES: dict[str, tuple[str | None, str, frozenset[int]]] = {
-    "no key": (None, "umbra", frozenset({401})),
-    "no such key": (SPOILT, "umbra", frozenset({401})),
+    "no key": (None, "umbral", frozenset({401})),
+    "no such key": (SPOILT, "umbral", frozenset({401})),
     "revoked": (token_of("revoked"), "acme", frozenset({401})),
     "expired": (token_of("expired"), "acme", frozenset({401})),
-    "wrong tenant": (token_of("acme's"), "umbra", frozenset({400, 403, 404})),
+    "wrong tenant": (token_of("acme's"), "umbral", frozenset({400, 403, 404})),
 }
 """The key, the tenant that is named, and the statuses that may come back."""
 
@@ -90,7 +89,7 @@ async def test_a_key_opens_its_own_tenant_and_nothing_else(pair, route):
                 told[state] = await ask(client, with_key(recipe(tenant), token))
                 got = {each.status for each in told[state]}
                 assert got <= statuses, (state, got)
-            if route[0] != "GET" and route not in READS:
+            if route[0] != "GET" and route not in SEARCHES:
                 told["read-only"] = await ask(client, with_key(recipe("acme"), token_of("reading")))
                 mine = [
                     each

@@ -1,6 +1,7 @@
-"""Two worlds that differ in one thing: in one of them another tenant, `umbra`, has documents much like those of `acme`.
+"""Two worlds that differ in one thing: in one of them another tenant, `umbral`, has documents much like those of `acme`.
 
-Whatever `acme` asks for or does must come out alike in both, to the letter, and leave every row of `umbra` as it is.
+Both have their vectors in the same HNSW index, the one that tenants share whose names hash alike.
+Whatever `acme` asks for or does must come out alike in both, to the letter, and leave every row of `umbral` as it is.
 Then nothing of the other tenant can be read, counted or touched, and "not there" is told as "not yours" is.
 """
 
@@ -9,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -38,8 +39,8 @@ MOMENT = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 def drafts(tenant: str, kind: str) -> list[Draft]:
     """The documents of a kind (ready, pending or failed) a tenant has."""
-    mark = f" {MARK}" if tenant == "umbra" else ""
-    own = {"acme": "mine", "umbra": "theirs"}[tenant]
+    mark = "" if tenant == "acme" else f" {MARK}"
+    own = "mine" if tenant == "acme" else "theirs"
     texts = {**LIKE, own: "A link comes by mail and is valid for one hour."}
     if kind != "ready":
         texts = {f"{kind}/{name}": text for name, text in texts.items()}
@@ -68,7 +69,7 @@ async def _fill(settings: Settings, tenant: str) -> None:
 
 
 FAILED = """
-update sources set state = 'failed', attempts = 5, error = 'refused' || case when tenant_id = 'umbra' then %(mark)s else '' end
+update sources set state = 'failed', attempts = 5, error = 'refused' || case when tenant_id <> 'acme' then %(mark)s else '' end
  where id like 'failed/%%' and tenant_id = %(tenant)s
 """
 CLAIMED = """
@@ -89,7 +90,7 @@ def fill(cluster: Cluster, name: str, openai: str, tenant: str) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """A database. `shared`: whether umbra is in it."""
+    """A database. `shared`: whether umbral is in it."""
 
     cluster: Cluster
     name: str
@@ -104,13 +105,13 @@ class World:
         return settings_for(self.cluster.service(self.name), self.openai, **({"chat_model": None} | changes))
 
     def foreign(self) -> dict[str, list[str]]:
-        """Every row of umbra, in every table that has tenants."""
+        """Every row of umbral, in every table that has tenants."""
         with psycopg.connect(self.owner, autocommit=True) as owner:
             return {
                 table: [
                     row[0]
                     for row in owner.execute(
-                        sql.SQL("select t::text from {} t where tenant_id = 'umbra' order by 1").format(
+                        sql.SQL("select t::text from {} t where tenant_id = 'umbral' order by 1").format(
                             sql.Identifier(table)
                         )
                     )
@@ -128,7 +129,7 @@ select c.relname from pg_class c join pg_attribute a on a.attrelid = c.oid and a
 
 @contextlib.contextmanager
 def pair(cluster: Cluster, templates: tuple[str, str], openai: str) -> Iterator[tuple[World, World]]:
-    """A clone of each: the world that umbra shares, and the one where there is no umbra."""
+    """A clone of each: the world that umbral shares, and the one where there is no umbral."""
     with cloned(cluster, templates[0]) as both, cloned(cluster, templates[1]) as alone:
         yield World(cluster, both, openai, True), World(cluster, alone, openai, False)
 
@@ -207,13 +208,3 @@ def difference(there: object, elsewhere: object) -> str:
 def marked(answers: Sequence[object]) -> list[str]:
     """Answers in which the mark of the other tenant stands."""
     return [each for each in (json.dumps(answer, default=str) for answer in answers) if MARK in each.lower()]
-
-
-@dataclass
-class Tally:
-    """How much was compared."""
-
-    compared: dict[str, int] = field(default_factory=dict)
-
-    def add(self, what: str, count: int) -> None:
-        self.compared[what] = self.compared.get(what, 0) + count

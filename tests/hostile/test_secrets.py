@@ -91,9 +91,17 @@ def test_no_command_shows_a_secret(run, settings, openai, owner, tmp_path, key):
         ("search", "otters", "--tenant", "acme", "--rerank"),
         ("search", "otters", "--tenant", "acme", "--json"),
         ("ask", "otters?", "--tenant", "acme"),
+        ("embed", "otters"),
         ("queue", "--tenant", "acme"),
+        ("retry", "--tenant", "acme", "--all"),
+        ("analyst", "reader", "--tenant", "acme"),
+        ("tenant", "create", "acme"),
+        ("tenant", "list"),
+        ("key", "create", "--tenant", "acme", "--scope", "read"),
+        ("key", "list"),
         ("index",),
         ("model",),
+        ("model", "plan", "text-embedding-3-large"),
         ("erase", "--tenant", "acme", "--yes"),
     ):
         try:

@@ -78,7 +78,7 @@ def migrate_past_a_reader(url, work):
 def commit_of(root, revision):
     """The last commit that has the migrations up to this one and no more; None where the history has none.
 
-    One whose migrations are today's to the letter comes first: a migration may have been mended since.
+    Of several the one comes first of whose migrations the most are today's to the letter: they may have been mended since.
     """
     git = ["git", "-C", str(root)]
 
@@ -91,14 +91,14 @@ def commit_of(root, revision):
     commits = [
         subprocess.check_output([*git, "rev-list", *how, "HEAD"], text=True).split() for how in (["--first-parent"], [])
     ]
-    alike = None
+    most, best = -1, None
     for commit in dict.fromkeys(itertools.chain(*commits)):  # what was merged before what was on the way to a merge
         found = migrations(commit)
-        if found == today:
-            return commit
-        if alike is None and found.keys() == today.keys():
-            alike = commit
-    return alike
+        if found.keys() == today.keys() and (alike := len(found.items() & today.items())) > most:
+            most, best = alike, commit
+            if found == today:
+                break
+    return best
 
 
 def code_of(root, revision):

@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Integer, Select, Text, bindparam, func, literal_column, select
+from sqlalchemy import ColumnElement, Integer, Select, Text, bindparam, exists, func, literal_column, select
 from sqlalchemy.sql import ClauseElement
 
-from app import drafts, fusion, layout, scans, text
+from app import drafts, fusion, layout, scans, tenants, text
 from app.conditions import Conditions, Relations, where
 from app.filters import Filter
 from app.fusion import Mixed
@@ -41,7 +41,6 @@ PARAMETERS = (
     "created_before",
     "question",
     "text_k",
-    "text_bound",
     "vector_weight",
     "text_weight",
     "leg_k",
@@ -49,7 +48,7 @@ PARAMETERS = (
 """The values of every statement, in the order in which `search_chunks` hands them over: $1, $2, …"""
 
 MOST = 1_000
-"""The most rows a search in SQL gives. The API's most is `search.MAX_TOP_K`."""
+"""The most rows a search in SQL gives. The API's most, `search.MAX_TOP_K`, is for answers over HTTP."""
 
 _LENGTH = 31_999
 """Stands for the length of the vectors while a statement is rendered; pgvector stores at most 16,000 dimensions."""
@@ -62,7 +61,11 @@ def _spliced(_: Conditions) -> list[ColumnElement[bool]]:
     return [tenant, literal_column("{conditions}")]
 
 
-TABLES = Relations(documents, sources, document_terms, "text_question_read", word_index=False, where=_spliced)
+def _placed(_: Conditions) -> list[ColumnElement[bool]]:
+    return [literal_column("{passing}")]
+
+
+TABLES = Relations(documents, sources, document_terms, "text_question_read", _spliced, _placed)
 """What analysts read."""
 
 _ANY = Conditions(metadata=Filter((), {}))
@@ -93,6 +96,10 @@ def fragments() -> Iterator[Fragment]:
     passing: Select[Any] = select(literal_column("1").label("one")).select_from(documents).where(*_spliced(_ANY))
     counted = passing.limit(bindparam("bound", type_=Integer)).subquery("counted")
     yield _fragment("count", select(func.count()).select_from(counted))
+    chunk = documents.c.id == literal_column("document_terms.id", Text)
+    chunk &= documents.c.chunk_key == literal_column("document_terms.chunk_key", Text)
+    held: Select[Any] = select(literal_column("1")).select_from(documents).where(chunk, *_spliced(_ANY))
+    yield _fragment("passing", exists(held))
     yield Fragment("score", str(text.score()))
     for kind in ("full", "half", "binary"):
         yield Fragment(f"order {kind}", _text(scans.by_index(Wanted(_LENGTH, kind), TABLES)))
@@ -140,9 +147,14 @@ def statements() -> list[str]:
         "VISIT": layout.VISIT,
         "LEAST_ROWS": layout.LEAST,
         "MOST_ROWS": layout.MOST,
-        "TEXT_ROWS": 2**31
-        - 2,  # all of them: under a policy no index finds words, and scoring a row is as cheap as looking at it
+        "TENANT": tenants.PATTERN,
+        "ID_BYTES": drafts.MAX_ID_BYTES,
         "QUERY_BYTES": drafts.MAX_QUERY_BYTES,
+        "SEEN": drafts.SEEN,
+        "TYPES": drafts.MAX_DOC_TYPES,
+        "EARLIEST": drafts.EARLIEST.isoformat(),
+        "LATEST": drafts.LATEST.isoformat(),
+        "YEARS": drafts.YEARS,
         "SHORTEST": drafts.SHORTEST,
         "LONGEST": drafts.LONGEST,
     }

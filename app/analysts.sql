@@ -1,6 +1,6 @@
 create or replace function search_statement(name text) returns text language plpgsql immutable as $function$
 begin
-    -- Rendered by app/analysts.py. Values are $1 to $15; what stands in braces is put in by search_chunks.
+    -- Rendered by app/analysts.py. Values are $1 to $14; what stands in braces is put in by search_chunks.
     return case name@FRAGMENTS@
     end;
 end $function$
@@ -185,6 +185,120 @@ begin
 end $$
 
 -- ;;
+create or replace function refuse(fault text, hint text) returns void language plpgsql immutable as $function$
+begin
+    if fault is not null then
+        raise exception using errcode = '22023', message = fault, hint = coalesce(refuse.hint, '');
+    end if;
+end $function$
+
+-- ;;
+create or replace function search_fault(
+    called text,
+    tenant text,
+    top_k integer,
+    document text default null,
+    query_embedding vector default null,
+    query_text text default null,
+    threshold double precision default null,
+    doc_type text default null,
+    doc_types text[] default null,
+    metadata jsonb default null,
+    created_after timestamptz default null,
+    created_before timestamptz default null,
+    ef_search integer default null,
+    exact boolean default false,
+    by_document boolean default false,
+    fusion text default 'relative',
+    vector_weight double precision default 1,
+    text_weight double precision default 1,
+    sample integer default 1,
+    seed bigint default 0,
+    out fault text,
+    out hint text
+) language plpgsql stable as $function$
+declare
+    most constant integer := case called when 'recall_check' then @MOST@ - 1 else @MOST@ end;
+    model record;
+    others text;
+begin
+    if query_embedding is not null then
+        select m.name, m.dimensions into model from embedding_models m where m.state = 'active';
+        if vector_dims(query_embedding) <> model.dimensions then
+            select string_agg(m.name || ', which is ' || m.state, ', and ' order by m.name) into others
+              from embedding_models m where m.state <> 'active' and m.dimensions = vector_dims(query_embedding);
+            fault := 'query_embedding: has ' || vector_dims(query_embedding) || ' dimensions; allowed: '
+                || model.dimensions || ', as ' || model.name;
+            hint := coalesce('That is the length of ' || others || '. ', '') || model.name
+                || ' is searched now: `pgrecall embed` prints the vector of a question by it.';
+            return;
+        end if;
+    end if;
+    -- What a request of the API may be, by the names that it has here.
+    fault := case
+        when tenant is null then 'tenant: is missing'
+        when tenant !~ '@TENANT@'
+            then 'tenant: ' || quote_literal(left(tenant, 140))
+                 || ' is not allowed; allowed: 1 to 128 letters, digits, ''_'', ''.'', '':'' or ''-'''
+        when called = 'similar_documents' and document is null then 'id: is missing'
+        when octet_length(document) not between 1 and @ID_BYTES@
+            then 'id: is ' || octet_length(document) || ' bytes; allowed: 1 to @ID_BYTES@ bytes in UTF-8'
+        when called = 'search_documents' and query_embedding is null then 'query_embedding: is missing'
+        when called = 'hybrid_search' and query_text is null then 'query_text: is missing'
+        when query_text !~ '@SEEN@' then 'query_text: is white space only; allowed: a text'
+        when octet_length(query_text) > @QUERY_BYTES@
+            then 'query_text: has ' || octet_length(query_text) || ' bytes; allowed: 1 to @QUERY_BYTES@'
+        when not vector_norm(query_embedding) between @SHORTEST@ and @LONGEST@
+            then 'query_embedding: has length ' || vector_norm(query_embedding) || '; allowed: @SHORTEST@ to @LONGEST@'
+        when top_k is null or top_k not between 1 and most
+            then 'top_k: is ' || coalesce(top_k::text, 'null') || '; allowed: 1 to ' || most
+        when query_embedding is null and threshold is not null
+            then 'threshold: is on cosine similarity; allowed: only with a query_embedding'
+        when not threshold between -1 and 1 then 'threshold: is ' || threshold || '; allowed: -1 to 1'
+        when octet_length(doc_type) > @QUERY_BYTES@
+            then 'doc_type: is ' || octet_length(doc_type) || ' bytes; allowed: 0 to @QUERY_BYTES@ bytes in UTF-8'
+        when cardinality(doc_types) > @TYPES@
+            then 'doc_types: has ' || cardinality(doc_types) || ' types; allowed: at most @TYPES@'
+        when array_position(doc_types, null) is not null
+            then 'doc_types[' || array_position(doc_types, null) || ']: is null; allowed: texts'
+        when not (created_after >= '@EARLIEST@' and created_after < '@LATEST@')
+            then 'created_after: is ' || created_after || '; allowed: years @YEARS@'
+        when not (created_before >= '@EARLIEST@' and created_before < '@LATEST@')
+            then 'created_before: is ' || created_before || '; allowed: years @YEARS@'
+        when by_document is null then 'by_document: is null; allowed: true or false'
+        when ef_search not between 10 and @MAX_EF_SEARCH@
+            then 'ef_search: is ' || ef_search || '; allowed: 10 to @MAX_EF_SEARCH@'
+        when exact is null then 'exact: is null; allowed: true or false'
+        when fusion is null or fusion not in ('relative', 'rrf')
+            then 'fusion: is ' || coalesce(fusion, 'null') || '; allowed: relative, rrf'
+        when vector_weight is null or not vector_weight between 0 and 100
+            then 'vector_weight: is ' || coalesce(vector_weight::text, 'null') || '; allowed: 0 to 100'
+        when text_weight is null or not text_weight between 0 and 100
+            then 'text_weight: is ' || coalesce(text_weight::text, 'null') || '; allowed: 0 to 100'
+        when vector_weight = 0 and text_weight = 0
+            then 'vector_weight: is 0, and so is text_weight; allowed: one of them above 0'
+        when sample is null or sample not between 1 and 10000
+            then 'sample: is ' || coalesce(sample::text, 'null') || '; allowed: 1 to 10000'
+        when seed is null then 'seed: is null; allowed: a whole number'
+        end;
+    hint := case
+        when fault = 'query_text: is missing' then 'search_documents searches by a query_embedding alone.'
+        when fault = 'query_embedding: is missing'
+            then '`pgrecall embed` prints the vector of a question; hybrid_search searches by words alone.'
+        when called = 'recall_check' and starts_with(fault, 'top_k')
+            then 'It searches for one more, because each of the sample finds itself.'
+        else 'Every argument, with an example: \df+ ' || called end;
+    if fault is null and metadata <> '{}' then
+        begin
+            perform metadata_condition(metadata);
+        exception when invalid_parameter_value then
+            fault := sqlerrm;
+            hint := 'docs/filters.md has the language of conditions.';
+        end;
+    end if;
+end $function$
+
+-- ;;
 create or replace function search_chunks(
     tenant text,
     query_embedding vector,
@@ -215,7 +329,6 @@ declare
     leg constant integer := greatest(@LEG@, top_k);
     model record;
     layout record;
-    fault text;
     filter text := 'true';
     step text;
     statement text;
@@ -237,35 +350,7 @@ declare
     scores double precision[];
     text_scores double precision[];
 begin
-    select m.name, m.dimensions into model from embedding_models m where m.state = 'active';
-    fault := case
-        when tenant is null then 'tenant: is missing'
-        when top_k is null or top_k not between 1 and @MOST@
-            then 'top_k: is ' || coalesce(top_k::text, 'null') || '; allowed: 1 to @MOST@'
-        when query_embedding is null and not mixed then 'query_embedding: is missing'
-        when query_embedding is null and threshold is not null
-            then 'threshold: is on cosine similarity; allowed: only with a query_embedding'
-        when vector_dims(query_embedding) <> model.dimensions
-            then 'query_embedding: has ' || vector_dims(query_embedding) || ' dimensions; allowed: ' || model.dimensions
-                 || ', as ' || model.name
-        when not vector_norm(query_embedding) between @SHORTEST@ and @LONGEST@
-            then 'query_embedding: has length ' || vector_norm(query_embedding) || '; allowed: @SHORTEST@ to @LONGEST@'
-        when not threshold between -1 and 1 then 'threshold: is ' || threshold || '; allowed: -1 to 1'
-        when ef_search not between 10 and @MAX_EF_SEARCH@
-            then 'ef_search: is ' || ef_search || '; allowed: 10 to @MAX_EF_SEARCH@'
-        when query_text !~ '\S' then 'query_text: is white space only; allowed: a text'
-        when octet_length(query_text) > @QUERY_BYTES@
-            then 'query_text: has ' || octet_length(query_text) || ' bytes; allowed: 1 to @QUERY_BYTES@'
-        when fusion is null or fusion not in ('relative', 'rrf')
-            then 'fusion: is ' || coalesce(fusion, 'null') || '; allowed: relative, rrf'
-        when vector_weight is null or not vector_weight between 0 and 100
-            then 'vector_weight: is ' || coalesce(vector_weight::text, 'null') || '; allowed: 0 to 100'
-        when text_weight is null or not text_weight between 0 and 100
-            then 'text_weight: is ' || coalesce(text_weight::text, 'null') || '; allowed: 0 to 100'
-        end;
-    if fault is not null then
-        raise exception using errcode = '22023', message = fault;
-    end if;
+    select m.dimensions into model from embedding_models m where m.state = 'active';
     if doc_types is not null then
         filter := filter || ' AND ' || search_statement('doc_types');
     end if;
@@ -318,6 +403,7 @@ begin
             || case when step = 'few' and metadata <> '{}' then ' metadata' else '' end || among);
         statement := replace(replace(statement, '{score}', search_statement('score')),
                              '{order}', search_statement('order ' || layout.kind));
+        statement := replace(statement, '{passing}', case filter when 'true' then filter else search_statement('passing') end);
         statement := replace(replace(statement, '{dimensions}', model.dimensions::text), '{conditions}', filter);
         execute 'select max(r.candidates), ' || case step when 'nearest' then 'max(r.different)' else 'null' end
             || ', array_agg(r.id), array_agg(r.chunk_index), array_agg(r.content), array_agg(r.similarity),'
@@ -327,7 +413,7 @@ begin
            into measured, different, ids, places, contents, similarities, types, metadatas, moments, offsets, scores, text_scores
           using tenant, query_embedding, top_k, bound, candidates, coalesce(threshold, '-infinity'), doc_types,
                 created_after, created_before, query_text,
-                case when step = 'text' and not by_document then top_k else leg end, @TEXT_ROWS@,
+                case when step = 'text' and not by_document then top_k else leg end,
                 vector_weight, text_weight, leg;
         ids := array_remove(ids, null);  -- a statement that found nothing gives one row without an id
         if step = 'few' then
@@ -378,6 +464,9 @@ create or replace function search_documents(
     id text, chunk_index integer, content text, similarity double precision, doc_type text, metadata jsonb,
     created_at timestamptz, start_offset integer, scan text
 ) language sql stable rows 10 as $function$
+    select refuse(f.fault, f.hint) from search_fault(
+        'search_documents', $1, $3, query_embedding => $2, threshold => $4, doc_type => $5, doc_types => $9,
+        metadata => $6, created_after => $7, created_before => $8, ef_search => $11, exact => $12, by_document => $10) f;
     select h.hit_id, h.hit_chunk_index, h.hit_content, h.hit_similarity, h.hit_doc_type, h.hit_metadata,
            h.hit_created_at, h.hit_start_offset, h.scan
       from search_chunks(
@@ -406,10 +495,14 @@ create or replace function hybrid_search(
     id text, chunk_index integer, content text, score double precision, similarity double precision,
     text_score double precision, doc_type text, metadata jsonb, created_at timestamptz, start_offset integer, scan text
 ) language sql stable rows 10 as $function$
+    select refuse(f.fault, f.hint) from search_fault(
+        'hybrid_search', $1, $4, query_embedding => $3, query_text => $2, threshold => $5, doc_type => $6,
+        doc_types => $10, metadata => $7, created_after => $8, created_before => $9, ef_search => $12, exact => $13,
+        by_document => $11, fusion => $14, vector_weight => $15, text_weight => $16) f;
     select h.hit_id, h.hit_chunk_index, h.hit_content, h.hit_score, h.hit_similarity, h.hit_text_score, h.hit_doc_type,
            h.hit_metadata, h.hit_created_at, h.hit_start_offset, h.scan
       from search_chunks(
-               $1, $3, coalesce($2, ''), $4, $5, case when $6 is null then $10 else $10 || $6 end, $7, $8, $9, $12, $13,
+               $1, $3, $2, $4, $5, case when $6 is null then $10 else $10 || $6 end, $7, $8, $9, $12, $13,
                $11, $14, $15, $16) h
 $function$
 
@@ -417,6 +510,7 @@ $function$
 create or replace function similar_documents(tenant text, id text, top_k integer default 10) returns table (
     id text, similarity double precision, title text, content text, doc_type text, metadata jsonb, created_at timestamptz
 ) language sql stable rows 10 as $function$
+    select refuse(f.fault, f.hint) from search_fault('similar_documents', $1, $3, document => $2) f;
     select h.hit_id, h.hit_similarity, s.title, h.hit_content, h.hit_doc_type, h.hit_metadata, h.hit_created_at
       from (select avg(d.embedding) as embedding from documents d
              where d.tenant_id = $1 and d.id = $2 having count(*) > 0) middle
@@ -435,6 +529,7 @@ create or replace function recall_check(
     exact_ms double precision
 ) language plpgsql volatile as $function$
 declare
+    wrong record;
     asked record;
     nearest double precision[];
     found double precision[];
@@ -445,12 +540,10 @@ declare
     searching double precision[] := '{}';
     measuring double precision[] := '{}';
 begin
-    if top_k is null or top_k not between 1 and @MOST@ - 1 then
-        raise exception using errcode = '22023',
-            message = 'top_k: is ' || coalesce(top_k::text, 'null') || '; allowed: 1 to ' || @MOST@ - 1;
-    elsif sample is null or sample not between 1 and 10000 then
-        raise exception using errcode = '22023',
-            message = 'sample: is ' || coalesce(sample::text, 'null') || '; allowed: 1 to 10000';
+    select f.fault, f.hint into wrong
+      from search_fault('recall_check', tenant, top_k, ef_search => recall_check.ef_search, sample => sample, seed => seed) f;
+    if wrong.fault is not null then
+        raise exception using errcode = '22023', message = wrong.fault, hint = wrong.hint;
     end if;
     walked := 0;
     for asked in
@@ -495,7 +588,7 @@ begin
         select p.oid::regprocedure from pg_proc p
          where p.pronamespace = current_schema::regnamespace
            and p.proname in ('search_statement', 'metadata_value', 'metadata_equality', 'metadata_condition',
-                             'text_question_read', 'search_chunks', 'search_documents', 'hybrid_search',
+                             'text_question_read', 'refuse', 'search_fault', 'search_chunks', 'search_documents', 'hybrid_search',
                              'similar_documents', 'recall_check')
     loop
         execute 'alter function ' || made || ' set search_path = ' || place;

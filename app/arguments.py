@@ -442,6 +442,7 @@ def _querying(command: Callable[..., argparse.ArgumentParser]) -> None:
         "Open psql as the analyst: every table, view and function of docs/sql.md.",
         "pgrecall sql",
         "pgrecall sql -c 'select * from statistics_by_tenant'",
+        "pgrecall sql -- --csv -c 'select * from statistics_by_tenant'",
         "PGRECALL_ANALYST_URL=postgresql://jane@db/app pgrecall sql --print-url",
     )
     opened.add_argument("--owner", action="store_true", help="as the owner of the tables, who may also write")
@@ -450,6 +451,7 @@ def _querying(command: Callable[..., argparse.ArgumentParser]) -> None:
     opened.add_argument(
         "-f", "--file", action="append", metavar="PATH", help="run this file and leave; may be repeated"
     )
+    opened.add_argument("options", nargs="*", metavar="-- OPTION", help="handed to psql as they are")
     embedded = command(
         "embed",
         psql.embed,

@@ -61,18 +61,22 @@ class Relations(NamedTuple):
     """What a search reads, and how its conditions are written.
 
     The service reads the tenant views. The functions for analysts (`app/analysts.py`) read the tables, whose row-level
-    security decides what they see: under a policy PostgreSQL does not ask an index about words (`word_index` False).
+    security decides what they see. Under a policy PostgreSQL does not ask an index about words: there `chunk_passes` says of
+    a row of `terms` whether its chunk satisfies the conditions.
     """
 
     documents: Table
     sources: Table
     terms: Table
     question: str  # the function that knows a question's words
-    word_index: bool
     where: Callable[[Conditions], list[ColumnElement[bool]]]
+    chunk_passes: Callable[[Conditions], list[ColumnElement[bool]]] | None = None
+
+    @property
+    def word_index(self) -> bool:
+        """Whether words are found by their index."""
+        return self.chunk_passes is None
 
 
-VIEWS = Relations(
-    tenant_documents, tenant_sources, tenant_document_terms, "text_question", word_index=True, where=where
-)
+VIEWS = Relations(tenant_documents, tenant_sources, tenant_document_terms, "text_question", where)
 """What the service reads."""

@@ -24,10 +24,13 @@ SHORTEST, LONGEST = 1e-9, 1e9
 # A year from either end of what Python holds: no time zone moves such a moment out of it.
 EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)
+YEARS = f"{EARLIEST.year:04} to {LATEST.year - 1}"
+MAX_DOC_TYPES = 1_000
+"""Types that a filter may ask for."""
 MAX_QUERY_BYTES = 32_000
 """A question's text in UTF-8."""
 
-_SEEN = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+SEEN = r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]"
 """A character that is neither white space nor of zero width."""
 
 
@@ -78,7 +81,7 @@ def check(draft: Draft, dimensions: int) -> npt.NDArray[np.float32] | None:
 
 def is_blank(text: str) -> bool:
     """Whether there is nothing in it to read: white space and characters of zero width only."""
-    return not _SEEN.search(text)
+    return not re.search(SEEN, text)
 
 
 def check_moment(name: str, moment: datetime | None) -> None:
@@ -88,7 +91,7 @@ def check_moment(name: str, moment: datetime | None) -> None:
     if moment.tzinfo is None:
         raise BadInput(name, "has no time zone; allowed: an ISO 8601 moment such as 2026-01-31T12:00:00Z")
     if not EARLIEST <= moment < LATEST:
-        raise BadInput(name, f"is {moment.isoformat()}; allowed: years {EARLIEST.year:04} to {LATEST.year - 1}")
+        raise BadInput(name, f"is {moment.isoformat()}; allowed: years {YEARS}")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,20 @@ from app.embedding import Embedder
 from app.errors import BadInput, SetupError
 from app.settings import Settings
 
+_WELCOME = (
+    "functions: search_documents, hybrid_search, similar_documents, recall_check; \\x and \\df+ NAME tell of one\n"
+    "views: whole_documents, statistics_by_tenant, index_health, model_progress; tables: documents, sources; \\d+ NAME"
+)
+"""What a person at the prompt does not find: \\df lists pgvector's functions first, \\dt what an analyst may not read."""
+
 
 def open_psql(arguments: Namespace, config: Settings) -> int:
     """Open psql as the analyst, or as the owner, or print where it would connect. The exit status is psql's."""
+    if arguments.options and not arguments.options[0].startswith("-"):
+        raise BadInput("sql", f"{arguments.options[0]!r} is no option; allowed: psql's options after --, like: -- -At")
+    if arguments.print_url:
+        return _print_url(config, as_owner=arguments.owner)
     with _url(config, as_owner=arguments.owner) as url:
-        if arguments.print_url:
-            terminal.out.print(url, markup=False, soft_wrap=True)
-            return 0
         program = _program()
         if program is None:
             terminal.say("there is no psql on this machine; connect with what you have to:")
@@ -33,13 +41,30 @@ def open_psql(arguments: Namespace, config: Settings) -> int:
             return 0
         options = [f"--command={each}" for each in arguments.command or ()]
         options += [f"--file={each}" for each in arguments.file or ()]
+        if not options and not arguments.options and sys.stdin.isatty():
+            terminal.say(_WELCOME)
         place, environment = _hidden(url)
         # psql takes Ctrl-C for the statement that is running; this process is to outlive that.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            return subprocess.run([program, *options, place], env=environment, check=False).returncode  # noqa: S603
+            command = [program, f"--dbname={place}", *options, *arguments.options]
+            return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _print_url(config: Settings, *, as_owner: bool) -> int:
+    with _url(config, as_owner=as_owner) as url:
+        terminal.out.print(url, markup=False, soft_wrap=True)
+    if config.database_url is None and (as_owner or config.analyst_url is None):
+        try:
+            psycopg.connect(url).close()
+        except psycopg.OperationalError:
+            terminal.say(
+                "nothing keeps the embedded database up: it can be reached there while `pgrecall serve`, or a "
+                "`pgrecall sql` without --print-url, runs"
+            )
+    return 0
 
 
 @contextmanager
@@ -102,6 +127,9 @@ def admit(arguments: Namespace, config: Settings) -> int:
             terminal.out.print(statement + ";", markup=False, soft_wrap=True)
         return 0
     with _administrator(arguments.url, config) as url, connect(url) as connection:
+        connection.add_notice_handler(
+            lambda notice: terminal.say(f"{(notice.severity or '').lower()}: {notice.message_primary}")
+        )
         for statement in statements:
             try:
                 connection.execute(statement.encode())

@@ -73,6 +73,21 @@ begin
     end if;
 end $$"""
 
+# Of a name that was mistyped an analyst would see no rows and no reason. Nothing is said where it cannot be known.
+_UNKNOWN = """\
+do $$
+declare named text;
+begin
+    foreach named in array {tenants}::text[] loop
+        if named <> '*' and not row_security_active('sources') and not row_security_active('tenants')
+           and not exists (select from sources where tenant_id = named)
+           and not exists (select from tenants where tenant_id = named) then
+            raise warning 'tenant %: has no document, and is not registered', named;
+        end if;
+    end loop;
+exception when insufficient_privilege or undefined_table then null;
+end $$"""
+
 
 def admission(login: str, tenants: Sequence[str], timeout: float) -> list[str]:
     """The idempotent SQL that lets a login read these tenants ("*": all) and no others, no statement for over `timeout` s.
@@ -94,6 +109,7 @@ def admission(login: str, tenants: Sequence[str], timeout: float) -> list[str]:
         sql.SQL(
             "insert into analyst_tenants (analyst, tenant_id) select {}, unnest({}::text[]) on conflict do nothing"
         ).format(sql.Literal(login), listed),
+        sql.SQL(_UNKNOWN).format(tenants=listed),
     ]
     return [statement.as_string(None) for statement in made]
 

@@ -106,8 +106,11 @@ def ranked(conditions: Conditions, question: CTE, name: str = "text_leg", relati
     `question` is what `words` gives. Parameters: question, text_k, those of `where`, and text_bound where there are
     conditions: up to so many rows that satisfy them are all scored, rather than found by their words.
     """
-    size = _size(conditions, relations) if conditions != Conditions() else None
-    first: ColumnElement[float] = question.c.total * _number(FIRST)
+    size = _size(conditions, relations) if conditions != Conditions() and relations.word_index else None
+    # Without an index of the words every pass would look at every row: there is one.
+    first: ColumnElement[float] = (
+        question.c.total * _number(FIRST) if relations.word_index else cast(0, DOUBLE_PRECISION)
+    )
     if size is not None:
         first = case((select(size.c.rows).scalar_subquery() <= _bound(), _number(0)), else_=first)
     passes = (
@@ -197,7 +200,11 @@ def words(relations: Relations = VIEWS) -> CTE:
         column("restriction", TSQUERY),
         name="asked",
     )
-    return select(asked).cte("question").prefix_with("MATERIALIZED")
+    read = select(asked)
+    if not relations.word_index:
+        alternatives = func.array_to_string(cast(asked.c.queries, ARRAY(Text)), "|")
+        read = read.add_columns(cast(alternatives, TSQUERY).label("alternatives"))
+    return read.cte("question").prefix_with("MATERIALIZED")
 
 
 def _size(conditions: Conditions, relations: Relations) -> CTE:
@@ -216,13 +223,11 @@ def _candidates(
         .where(chunk.c.tenant_id == _tenant, _allowed(question, relations))
         .correlate(question, passes)
     )
-    if relations.word_index:
-        formula = func.text_candidates(question.c.terms, question.c.bounds, passes.c.threshold, question.c.required)
-        holding = func.tenant_terms(chunk.c.tenant_id, chunk.c.terms).op("@@")(formula)
-    else:  # each row is looked at: by its words as they are, and a phrase's are in `_allowed`
-        queries = cast(question.c.queries, ARRAY(Text))
-        formula = func.text_candidates(queries, question.c.bounds, passes.c.threshold, cast(null(), Text))
-        holding = chunk.c.terms.op("@@")(formula)
+    if relations.chunk_passes is not None:
+        held = chunk.c.terms.op("@@")(question.c.alternatives)
+        return passing.where(held, *relations.chunk_passes(conditions)).offset(0).lateral("candidate")
+    formula = func.text_candidates(question.c.terms, question.c.bounds, passes.c.threshold, question.c.required)
+    holding = func.tenant_terms(chunk.c.tenant_id, chunk.c.terms).op("@@")(formula)
     if size is None:
         # OFFSET keeps `norm` from being computed again for every word.
         return passing.where(holding).offset(0).lateral("candidate")

@@ -21,7 +21,7 @@ from app import explanation, filters, questions, rerank, scans, search, spaces, 
 from app.api import guard, operations, problems
 from app.api.service import Service
 from app.conditions import Conditions
-from app.drafts import MAX_QUERY_BYTES, check_model, check_moment, check_range, check_text, check_vector
+from app.drafts import MAX_DOC_TYPES, MAX_QUERY_BYTES, check_model, check_moment, check_range, check_text, check_vector
 from app.embedding import Embedder
 from app.errors import BadInput
 from app.explanation import Explanation
@@ -30,7 +30,6 @@ from app.questions import Embedded
 from app.rerank import Reranker, Stage
 from app.search import Hit, Options, Scan
 
-MAX_DOC_TYPES = 1_000
 MAX_SEARCHES = 100
 AT_ONCE = 4
 """Searches of a batch under way at the same time, each on a connection of its own."""

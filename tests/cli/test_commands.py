@@ -96,8 +96,8 @@ def test_unreadable_files_and_lines_are_reported_and_the_rest_goes_on(run, tmp_p
 def test_migrate_says_whether_there_was_anything_to_do(run):
     status, out, _ = run("migrate", "--json")
     assert status == 0
-    assert json.loads(out)["revision"] == "0010"
-    assert json.loads(run("migrate", "--json")[1]) == {"revision": "0010", "migrated": False}
+    assert json.loads(out)["revision"] == "0011"
+    assert json.loads(run("migrate", "--json")[1]) == {"revision": "0011", "migrated": False}
 
 
 def test_the_indexes_are_named_in_json(run):
@@ -319,7 +319,7 @@ def test_several_processes_from_nothing_share_one_server(tmp_path):
     ]
     results = [process.communicate(timeout=60) for process in several]
     assert [process.returncode for process in several] == [0, 0, 0], results
-    assert all(json.loads(out)["revision"] == "0010" for out, _ in results)
+    assert all(json.loads(out)["revision"] == "0011" for out, _ in results)
     assert postmaster(tmp_path / "pg") is None
 
 

@@ -1,5 +1,6 @@
 """`pgrecall sql`, `analyst` and `embed`: the way in for people who write SQL."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from app import local, psql
+from app import embedded, local, psql
 from app.__main__ import main
 from app.settings import masked
 from tests.conftest import passwords
@@ -54,12 +55,45 @@ def test_sql_opens_psql_as_the_analyst_who_reads_and_does_not_write(run, data_di
     assert "permission denied for table documents" in err
 
 
+def test_sql_hands_what_stands_behind_two_dashes_to_psql(run, data_dir, stored):
+    asked = "select id, content from documents where tenant_id = 'acme' order by id limit 1"
+    row = "invoice,Invoices are sent on the first of each month.\n"
+    assert printed(data_dir, "--", "--csv", "-t", "-c", asked) == (0, row, "")
+    assert printed(data_dir, "-c", asked, "--", "-qAtF,") == (0, row, "")
+    assert printed(data_dir, "--owner", "--", "-Atc", "select session_user") == (0, f"{local.OWNER}\n", "")
+    status, _, err = run("sql", "select")
+    assert status == 2
+    assert "'select' is no option; allowed: psql's options after --" in err
+
+
+def test_sql_tells_a_person_where_to_begin_and_a_program_nothing(run, data_dir, stored, monkeypatch, tmp_path):
+    shown = tmp_path / "psql"
+    shown.write_text("#!/bin/sh\n")
+    shown.chmod(0o755)
+    monkeypatch.setattr(psql, "_program", lambda: str(shown))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert "search_documents" in run("sql")[2]
+    assert run("sql", "--", "-qAt") == (0, "", "")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    assert run("sql") == (0, "", "")
+
+
+def test_where_nothing_keeps_the_embedded_database_up_is_printed_and_that_it_is_down(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PGRECALL_DATA_DIR", str(tmp_path / "pg"))
+    status, out, err = run("sql", "--print-url")
+    assert (status, out.startswith(f"postgresql://{local.ANALYST}@")) == (0, True)
+    assert "nothing keeps the embedded database up" in err
+    with contextlib.closing(embedded.start(tmp_path / "pg")), psycopg.connect(out.strip()) as connection:
+        assert connection.execute("select session_user").fetchone() == (local.ANALYST,)
+
+
 def test_sql_prints_where_to_connect(run, data_dir, stored):
     for option, login in (((), local.ANALYST), (("--owner",), local.OWNER)):
-        status, out, _ = run("sql", "--print-url", *option)
+        status, out, err = run("sql", "--print-url", *option)
         assert status == 0
         with psycopg.connect(out.strip()) as connection:
             assert connection.execute("select session_user").fetchone() == (login,)
+        assert "up" not in err
 
 
 def test_sql_without_psql_prints_where_to_connect(run, data_dir, stored, monkeypatch):
@@ -138,6 +172,19 @@ def test_an_analyst_is_made_with_tenants_and_a_limit_and_may_be_made_again(run, 
     assert (status, "reads nothing any more" in err) == (0, True)
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         sees()
+
+
+def test_a_tenant_that_nobody_knows_is_warned_of(run, cluster, database_name, owner, login):
+    owner.execute("insert into sources (tenant_id, id, content) values ('acme', 'd', 'x')")
+    owner.execute("insert into tenants (tenant_id) values ('registered')")
+    url = cluster.url(database_name)
+    several = [part for tenant in ("acme", "registered", "Acme") for part in ("--tenant", tenant)]
+    status, _, err = run("analyst", login, *several, "--apply", "--url", url)
+    assert (status, f"{login} reads acme, registered, Acme" in err) == (0, True)
+    assert [line for line in err.splitlines() if "warning" in line] == [
+        "warning: tenant Acme: has no document, and is not registered"
+    ]
+    assert "warning" not in run("analyst", login, "--all-tenants", "--apply", "--url", url)[2]
 
 
 def test_who_may_not_make_analysts_is_told_whom_to_ask(run, cluster, database_name, owner_url, login):

@@ -54,6 +54,8 @@ CALLS: dict[str, list[str]] = {
     "metadata_equality": ["select metadata_equality('metadata', array['\"en\"'::jsonb], array['lang'])"],
     "metadata_condition": ['select metadata_condition(\'{"lang": "en"}\')'],
     "text_question_read": [f"select * from text_question_read('{tenant}', 'reset', 10, 1000)" for tenant in TENANTS],
+    "refuse": ["select refuse('top_k: is 0', 'a hint')"],
+    "search_fault": [f"select * from search_fault('search_documents', '{tenant}', 0)" for tenant in TENANTS],
     "search_chunks": [f"select * from search_chunks('{tenant}', {VECTOR}, 'reset', 100)" for tenant in TENANTS],
     "search_documents": [
         *(f"select * from search_documents('{tenant}', {VECTOR}, 100)" for tenant in TENANTS),

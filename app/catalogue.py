@@ -116,6 +116,9 @@ words are left out while one runs, so that neither waits for the other in a circ
 """
 
 
+_NAMED = re.compile(r"\b((?:DELETE FROM|UPDATE) (?:ONLY )?\S+) AS (?=\w)")
+
+
 def preflight(relations: Iterable[str] = (), functions: Iterable[str] = (), *, words: bool = True) -> Statement:
     """The statement for these relations and functions; for those that the migrations made where none are named.
 
@@ -211,6 +214,8 @@ def _body(each: Mapping[str, Any], place: str) -> str | None:
             return None
         text = _ANY_LANGUAGE.sub("'{language}'::regconfig", _QUALIFIER.sub("", _same_words(each["parsed"], place)))
     signature = _same_words(each["signature"], place)
+    # 17.12 writes AS before the name that a changed table has in a statement, 18.6 does not.
+    text = _NAMED.sub(r"\1 ", text)
     return hashlib.sha256(f"{signature}\n{text}".encode()).hexdigest()[:16]
 
 

@@ -22,6 +22,7 @@ from app.api import admin, documents, erasure, guard, health, parameters, proble
 from app.api.body import BodyGuard, StrictRequest
 from app.api.methods import Heads
 from app.api.paths import RawIds
+from app.api.request_id import RequestId
 from app.api.service import Service
 from app.database import Database
 from app.errors import DatabaseUnavailable, SchemaTooOld, SetupError
@@ -99,7 +100,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         ),
     )
     # Around the router: a request for a route that does not exist never reaches Litestar's own middleware.
-    app.asgi_handler = telemetry.RequestId(Heads(RawIds(app.asgi_handler)))
+    app.asgi_handler = RequestId(Heads(RawIds(app.asgi_handler)))
     return app
 
 

@@ -35,7 +35,7 @@ def demo(arguments: Namespace, config: Settings) -> int:
         "database: " + ("DATABASE_URL" if config.database_url else f"embedded PostgreSQL in {config.data_dir}/")
     )
     with schema.provided(config) as ready:
-        terminal.say(f"schema: revision {schema.head(ready)}; embedding model: {ready.model}")
+        terminal.say(f"schema: revision {schema.head()}; embedding model: {ready.model}")
         asyncio.run(_show(ready))
         terminal.say(f"done in {time.monotonic() - begun:.0f} seconds")
         if arguments.once:

@@ -4,14 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import psycopg
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import Connection, text
 
 from app import catalogue, isolation, local, model, spaces
@@ -24,13 +20,16 @@ from app.settings import Settings
 from app.statements import Statement
 from app.tables import Kind
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 VERSION_TABLE = "pgrecall_revision"
 """Alembic's table, under a name that leaves a team's own Alembic in the same database alone."""
 
 REQUIRED = "0010"
 """The oldest revision this release works on. Revisions are numbered, so newer ones compare as greater."""
 
-_INI = Path(__file__).resolve().parent.parent / "alembic.ini"
+_ROOT = Path(__file__).resolve().parent.parent
 
 REVISION = Statement("schema revision", "select version_num from pgrecall_revision", {})
 """Which revision the database is at."""
@@ -99,10 +98,9 @@ class Pending(NamedTuple):
 
 def pending(settings: Settings) -> Pending:
     """What `migrate` would do. Reads one row and takes no lock that anyone waits for."""
-    with migration_url(settings) as url, connect(url) as connection:
-        begun = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
-        row = connection.execute("select version_num from pgrecall_revision").fetchone() if begun and begun[0] else None
-    found: str | None = row[0] if row else None
+    from alembic.script import ScriptDirectory  # noqa: PLC0415 - as in `config`
+
+    found = _recorded(settings)
     known = [
         Step(script.revision, (script.doc or "").strip())
         for script in ScriptDirectory.from_config(config(settings)).walk_revisions()
@@ -110,25 +108,37 @@ def pending(settings: Settings) -> Pending:
     return Pending(found, [step for step in reversed(known) if found is None or step.revision > found])
 
 
+def _recorded(settings: Settings) -> str | None:
+    with migration_url(settings) as url, connect(url) as connection:
+        begun = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
+        row = connection.execute("select version_num from pgrecall_revision").fetchone() if begun and begun[0] else None
+    return row[0] if row else None
+
+
 def is_current(settings: Settings) -> bool:
     """Whether the database is at the newest revision this release knows."""
-    return pending(settings).revision == head(settings)
+    return _recorded(settings) == head()
 
 
-def head(settings: Settings) -> str:
-    """The newest revision this release knows."""
-    return ScriptDirectory.from_config(config(settings)).get_current_head() or ""
+def head() -> str:
+    """The newest revision this release knows, by the files' names: they are numbered."""
+    return max(path.name.partition("_")[0] for path in (_ROOT / "migrations/versions").glob("[0-9]*.py"))
 
 
-def config(settings: Settings, *, quiet: bool = False) -> Config:
+def config(settings: Settings, *, quiet: bool = False) -> "Config":
     """Alembic's configuration, with the settings of this process handed to migrations/env.py. `quiet`: log at debug."""
-    made = Config(_INI)
+    from alembic.config import Config  # noqa: PLC0415 - takes 0.4 s, which nobody pays who does not migrate
+
+    made = Config(_ROOT / "alembic.ini")
     made.attributes |= {"settings": settings, "quiet": quiet}
     return made
 
 
 def migrate(settings: Settings, revision: str = "head", *, quiet: bool = False) -> None:
     """Bring the database to `revision`. Raises SetupError in the database's own words where it refuses."""
+    from alembic import command  # noqa: PLC0415 - as in `config`
+    from alembic.util import CommandError  # noqa: PLC0415
+
     try:
         with translated():
             command.upgrade(config(settings, quiet=quiet), revision)

@@ -4,15 +4,11 @@ import json
 import logging
 import re
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import unquote
 
-from litestar.datastructures import MutableScopeHeaders
-from litestar.enums import ScopeType
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from msgspec import structs
 
 from app.settings import SECRET, Settings, passwords
@@ -26,7 +22,6 @@ SHORT = 3
 CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "uvicorn", "alembic")
 """Libraries whose info records repeat what we say ourselves."""
 
-_ACCEPTED = re.compile(r"[\x21-\x7e]{1,128}")
 _KEY = re.compile(r"(pgr_[a-z0-9]{8}_)[A-Za-z0-9]{32}")
 """A key of the API; its prefix is no secret."""
 _DETAIL = re.compile(r"DETAIL: .*?(?=\n(?:HINT|CONTEXT|QUERY|\[SQL|\(Background|\n|Traceback| *File)|\Z)", re.DOTALL)
@@ -115,33 +110,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items())
     return str(value)
-
-
-class RequestId:
-    """ASGI middleware: the caller's X-Request-ID, or one made here, in every log line and in the response.
-
-    Accepted are 1 to 128 visible ASCII characters. Has to stand around the router, not in Litestar's own middleware,
-    which a request for a route that does not exist never reaches.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request under its id."""
-        if scope["type"] != ScopeType.HTTP:
-            await self._app(scope, receive, send)
-            return
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        known = given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
-
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableScopeHeaders.from_message(message)["X-Request-ID"] = known
-            await send(message)
-
-        token = request_id.set(known)
-        try:
-            await self._app(scope, receive, answer)
-        finally:
-            request_id.reset(token)

@@ -60,4 +60,4 @@ def written(rules: isolation.Rules) -> str:
 if __name__ == "__main__":
     config = settings.read()
     with schema.provided(config) as ready:
-        isolation.FILE.write_text(written(made(ready.migration_url or "", schema.head(config))))
+        isolation.FILE.write_text(written(made(ready.migration_url or "", schema.head())))

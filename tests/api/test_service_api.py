@@ -19,7 +19,7 @@ async def test_ready_names_revision_and_model_and_asks_no_model(client, openai, 
     response = await client.get("/health/ready")
     assert response.status_code == 200
     assert response.json() == {
-        "revision": schema.head(settings),
+        "revision": schema.head(),
         "embedding_model": "text-embedding-3-small",
         "embedding_dimensions": 64,
         "replica": None,

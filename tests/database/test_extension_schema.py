@@ -56,7 +56,7 @@ async def test_put_search_delete_and_the_cache_work_and_nothing_stays_on_the_ses
     command.check(schema.config(settings))
     database, embedder = Database(settings, settings.database_url), open_embedder(settings)
     try:
-        assert (await schema.check(database, embedder)).revision == schema.head(settings)
+        assert (await schema.check(database, embedder)).revision == schema.head()
         vectors = np.random.default_rng(1).standard_normal((COUNT, dimensions)).astype(np.float32)
         drafts = [Draft(f"d{n:03}", f"text {n}", embedding=vector) for n, vector in enumerate(vectors)]
         await put(database, embedder, settings, "acme", drafts)

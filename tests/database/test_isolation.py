@@ -16,7 +16,7 @@ from app.database import Database
 from app.errors import SchemaTooOld, Unsafe
 from app.tables import bearing
 from migrations.isolation import made, written
-from tests.conftest import cloned, statements
+from tests.conftest import PATIENCE, cloned, statements
 
 TAMPERINGS = [
     ("alter policy app_sources on sources using (true)", "app_sources on sources is .*using true with check"),
@@ -218,7 +218,7 @@ async def test_a_role_that_reaches_further_is_found(
 
 def test_what_is_expected_is_what_the_migrations_made(cluster, template, settings):
     with cloned(cluster, template) as name:
-        rules = made(cluster.url(name), schema.head(settings))
+        rules = made(cluster.url(name), schema.head())
     assert written(rules) == isolation.FILE.read_text(), "run `make isolation` and look at what changed"
 
 
@@ -283,7 +283,7 @@ async def test_while_a_migration_runs_nothing_is_put_into_words_and_no_lock_is_w
         migrator.commit()
         migrator.execute("lock table tenant_sources, tenant_documents, document_chunks in access exclusive mode")
         migrator.execute("alter policy app_sources on sources using (true)")
-        await asyncio.wait_for(schema.preflight(database), 20)
+        await asyncio.wait_for(schema.preflight(database), PATIENCE)
         owner.execute("alter table embedding_cache disable row level security")
         with pytest.raises(Unsafe, match="row-level security is off on embedding_cache"):
             await schema.preflight(database)

@@ -17,7 +17,7 @@ from sqlalchemy import Column, Text
 
 from app import local, schema, tables
 from app.errors import SetupError
-from tests.conftest import NEEDS_CONTRIB, cloned, passwords, settings_for, statements
+from tests.conftest import NEEDS_CONTRIB, PATIENCE, cloned, passwords, settings_for, statements
 from tests.migration.catalogue import ALEMBICS, snapshot
 
 
@@ -179,10 +179,10 @@ def test_two_migrators_at_once_one_works_the_other_finds_nothing_to_do(cluster, 
         )
         for _ in range(2)
     ]
-    errors = [process.communicate(timeout=60)[1] for process in several]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in several]
     assert [process.returncode for process in several] == [0, 0], errors
     with psycopg.connect(settings.migration_url) as owner:
-        assert owner.execute("select version_num from pgrecall_revision").fetchone() == (schema.head(settings),)
+        assert owner.execute("select version_num from pgrecall_revision").fetchone() == (schema.head(),)
 
 
 def test_a_migrator_waits_for_the_other_without_blocking_in_the_server(settings):
@@ -197,7 +197,7 @@ def test_a_migrator_waits_for_the_other_without_blocking_in_the_server(settings)
         ).fetchone() == (0,)
         assert other.execute("select to_regclass('documents')").fetchone() == (None,)
         other.execute("select pg_advisory_unlock_all()")
-        waiting.join(30)
+        waiting.join(PATIENCE)
         assert other.execute("select to_regclass('documents') is not null").fetchone() == (True,)
 
 

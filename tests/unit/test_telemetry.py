@@ -8,8 +8,9 @@ import pytest
 from litestar import Litestar, get
 from msgspec import structs
 
+from app.api.request_id import RequestId
 from app.settings import Settings
-from app.telemetry import RequestId, request_id, secrets, set_up
+from app.telemetry import request_id, secrets, set_up
 
 log = logging.getLogger("app.test")
 SETTINGS = Settings(

@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -30,9 +31,13 @@ from tests.openai_server import OpenAIServer
 for _name in [name for name in os.environ if name.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))]:
     if not _name.startswith("PGRECALL_TEST_"):
         del os.environ[_name]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start need not all compile the package
 
 THOROUGH = int(os.environ.get("THOROUGH", "1"))
 """How many times the usual number of examples property tests try; `make test-long` sets it."""
+
+PATIENCE = 100.0
+"""Seconds after which something that should happen soon has not, on a machine busy with other things."""
 
 DIMENSIONS = 64
 """Short vectors keep tests quick; tests about other lengths make a database of their own."""
@@ -110,6 +115,24 @@ def server(testrun_uid: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def ready_data() -> Iterator[Path]:
+    """The data folder of an embedded database that is migrated for the local model, and stopped: to be copied."""
+    with tempfile.TemporaryDirectory(prefix="pgrecall-ready-") as folder:
+        data = Path(folder, "data")
+        with contextlib.closing(embedded.start(data, durable=False)), schema.provided(Settings(data_dir=str(data))):
+            pass
+        yield data
+
+
+@contextlib.contextmanager
+def started_copy(ready_data: Path, data: Path) -> Iterator[Path]:
+    """A copy, up for as long as the block lasts, as beside a running server."""
+    subprocess.run(["cp", "-a", ready_data, data], check=True)
+    with contextlib.closing(embedded.start(data, durable=False)):
+        yield data
+
+
+@pytest.fixture(scope="session")
 def contrib(cluster: Cluster) -> bool:
     """Whether the server has btree_gin, which is in PostgreSQL's contrib package."""
     with psycopg.connect(cluster.admin) as connection:
@@ -136,8 +159,9 @@ def settings_for(url: str | None, openai_url: str, **changes: object) -> Setting
         "openai_base_url": openai_url,
         "embedding_model": "text-embedding-3-small",
         "embedding_dimensions": DIMENSIONS,
-        "embedding_timeout": 5.0,
         "pool_size": 4,
+        # What takes long here, does so because the machine is busy: tests of time limits set their own.
+        **dict.fromkeys(("embedding_timeout", "pool_timeout", "statement_timeout"), PATIENCE),
     }
     return Settings(**(values | changes))  # type: ignore[arg-type]
 
@@ -164,11 +188,14 @@ def cloned(cluster: Cluster, template: str) -> Iterator[str]:
         sql.Identifier(name), sql.Identifier(template), sql.Identifier(local.OWNER)
     )
     with psycopg.connect(cluster.admin, autocommit=True) as admin:
-        for _ in range(200):
+        deadline = time.monotonic() + PATIENCE
+        while True:
             try:
                 admin.execute(statement)
                 break
-            except psycopg.errors.ObjectInUse:  # another worker is cloning or migrating it
+            except psycopg.errors.ObjectInUse:  # another worker is migrating it
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(0.05)
         yield name
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

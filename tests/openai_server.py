@@ -3,6 +3,7 @@
     with OpenAIServer() as server:
         server.answer = "Because [Source 1]."
         server.fail(status=429, headers={"Retry-After": "0"}, times=2)
+    server.holds = lambda call: not go_on.is_set()  # what must not be over before something else has happened
         ... OPENAI_BASE_URL=server.url ...
         assert len(server.embedding_calls) == 3
 
@@ -96,6 +97,12 @@ class OpenAIServer:
         self.answer: str | Sequence[str] = "Forty-two [Source 1]."
         self.token_delay = 0.0  # seconds before each token of a stream
         self.delay = 0.0  # seconds before every answer
+        self.holds: Callable[[Call], bool] = lambda _: (
+            False
+        )  # whether this request must wait still; asked again and again
+        self.holds_token: Callable[[int], bool] = lambda _: (
+            False
+        )  # the same of a stream's token, by its place in the answer
         self.poison: str | None = None  # `refusal` for inputs with a text among them that has this in it
         self.refused: set[str] = set()  # `refusal` for inputs with one of these texts among them
         self.refusal = 400
@@ -234,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.fake._counted(call):
                 fault = self.fake._next_fault(self.path)
                 wait = self.fake.delay + (fault.seconds if fault and fault.kind == "hang" else 0.0)
-                if self._client_leaves_within(wait):
+                if self._client_leaves_within(wait) or self._client_leaves_while(lambda: self.fake.holds(call)):
                     call.disconnected = True
                     self.close_connection = True
                     return
@@ -299,7 +306,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._event(_error("upstream secret detail, mid-stream"))
                 self.wfile.write(b"0\r\n\r\n")
                 return
-            if self._client_leaves_within(self.fake.token_delay):
+            if self._client_leaves_within(self.fake.token_delay) or self._client_leaves_while(
+                functools.partial(self.fake.holds_token, position)
+            ):
                 call.disconnected = True
                 self.close_connection = True
                 return
@@ -320,6 +329,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Wait so long; True as soon as the client has closed its side."""
         readable, _, _ = select.select([self.connection], [], [], seconds)
         return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+
+    def _client_leaves_while(self, held: Callable[[], bool]) -> bool:
+        """Wait as long as it is held; True as soon as the client has closed its side."""
+        while held():
+            if self._client_leaves_within(0.01):
+                return True
+        return False
 
 
 @contextmanager

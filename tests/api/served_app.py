@@ -56,6 +56,16 @@ async def slow(seconds: float) -> str:
     return "done"
 
 
+@get("/held")
+async def held() -> str:
+    """Until there is a file `go` beside the log."""
+    note("held")
+    while not Path(os.environ["SERVED_LOG"]).with_name("go").exists():  # noqa: ASYNC110 - the test's to make
+        await asyncio.sleep(0.02)
+    note("let go")
+    return "done"
+
+
 @post("/length")
 async def length(request: Request[Any, Any, Any]) -> int:
     return len(await request.body())
@@ -95,7 +105,7 @@ async def path(request: Request[Any, Any, Any]) -> str:
 
 def create_app() -> Litestar:
     app = Litestar(
-        [pid, slow, length, stream, flooding, path],
+        [pid, slow, held, length, stream, flooding, path],
         lifespan=[lifespan],
         middleware=[BodyGuard(read().body_timeout)],
         plugins=[problems.plugin],

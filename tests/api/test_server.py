@@ -4,7 +4,6 @@ import re
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -24,11 +23,10 @@ from app.api.head import MAX_HEAD
 from app.errors import SetupError
 from app.settings import Settings
 from tests.api.served_app import BODY_LIMIT
+from tests.conftest import PATIENCE
 
 HEADER_TIMEOUT = 1
 BODY_TIMEOUT = 3
-PATIENCE = 30
-"""Seconds after which something that should happen at once has not, on a machine that is busy with other things."""
 
 
 @dataclass
@@ -82,13 +80,12 @@ def serve(folder: Path, workers: int = 1, **environment: str) -> Iterator[Served
         yield served
 
 
-def until(happened: Callable[[], bool]) -> float:
-    """Seconds until it happened."""
+def until(happened: Callable[[], bool]) -> None:
+    """Wait until it has happened."""
     began = time.monotonic()
     while not happened():
         assert time.monotonic() - began < PATIENCE, "it never happened"
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def alive(pid: int) -> bool:
@@ -180,12 +177,13 @@ def test_an_idle_connection_and_a_slow_answer_outlast_the_header_timeout(served:
 def test_kept_connections_answer_without_delay(served: Served) -> None:
     took = []
     with served.connect() as connection:
-        for _ in range(25):
+        for _ in range(60):
             began = time.monotonic()
             connection.sendall(b"GET /pid HTTP/1.1\r\nHost: localhost\r\n\r\n")
             read_answer(connection)
             took.append(time.monotonic() - began)
-    assert statistics.median(took) < 0.035, "Nagle's algorithm against delayed acknowledgements takes 40 ms"
+    # The first are acknowledged at once in any case. A busy machine delays many; the other delays every one.
+    assert min(took[30:]) < 0.035, "Nagle's algorithm against delayed acknowledgements takes 40 ms"
 
 
 @pytest.mark.parametrize(
@@ -209,18 +207,9 @@ def test_a_head_that_is_too_large_is_refused(served: Served, head: bytes) -> Non
 
 
 def test_a_header_without_end_is_refused_before_it_ends(served: Served) -> None:
-    sent = 0
     with served.connect() as connection:
-        connection.sendall(b"GET /pid HTTP/1.1\r\nX-Endless: ")
-        connection.settimeout(0.001)
-        answer = b""
-        while not answer and sent < 100 * MAX_HEAD:
-            connection.send(b"a" * 1024)
-            sent += 1024
-            with suppress(TimeoutError):
-                answer = connection.recv(65536)
-    assert answer.startswith(b"HTTP/1.1 431 ")
-    assert MAX_HEAD < sent < 8 * MAX_HEAD
+        connection.sendall(b"GET /pid HTTP/1.1\r\nX-Endless: " + b"a" * 2 * MAX_HEAD)
+        assert receive(connection).startswith(b"HTTP/1.1 431 ")
 
 
 def test_a_large_head_within_the_limit_passes(served: Served) -> None:
@@ -293,9 +282,11 @@ def test_a_stream_ends_when_its_client_goes_away(served: Served) -> None:
 
 def test_a_client_that_does_not_read_is_hung_up_on(served: Served) -> None:
     with served.connect() as connection:
+        began = time.monotonic()
         connection.sendall(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert receive(connection).startswith(b"HTTP/1.1 200 ")
-        assert until(lambda: "flood ended" in served.lines()) > 0.5 * BODY_TIMEOUT
+        until(lambda: "flood ended" in served.lines())
+        assert time.monotonic() - began > 0.9 * BODY_TIMEOUT
 
 
 def test_head_has_the_headers_of_get_and_no_body(served: Served) -> None:
@@ -370,18 +361,19 @@ def test_a_signal_lets_requests_finish_and_accepts_no_more(
     tmp_path: Path, workers: int, send: Callable[[int], None]
 ) -> None:
     with serve(tmp_path, workers) as served, served.connect() as idle, ThreadPoolExecutor() as pool:
-        answer = pool.submit(served.get, "/slow?seconds=2")
-        until(lambda: "slow began" in served.lines())
+        answer = pool.submit(served.get, "/held")
+        until(lambda: "held" in served.lines())
         send(served.process.pid)
         assert read_on(idle) == b""
         with pytest.raises(ConnectionRefusedError):
             until(lambda: served.connect().close() is not None)
-        assert "slow ended" not in served.lines()
+        assert "let go" not in served.lines()
+        (tmp_path / "go").touch()
         assert answer.result().text == "done"
         assert served.process.wait(PATIENCE) == 0
     lines = served.lines()
     assert lines.count("closed") == workers
-    assert lines[-4:] == ["slow ended", "closing", "closed", "returned"]
+    assert lines[-4:] == ["let go", "closing", "closed", "returned"]
 
 
 def test_the_end_comes_even_when_requests_and_application_will_not_end(tmp_path: Path) -> None:

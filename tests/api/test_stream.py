@@ -19,10 +19,9 @@ from app import feed
 from app.api import stream
 from app.drafts import Draft
 from app.errors import BadInput
-from tests.conftest import DIMENSIONS
+from tests.conftest import DIMENSIONS, PATIENCE
 
 HEADERS = {"Content-Type": stream.MEDIA_TYPE}
-PATIENCE = 120
 
 
 def vector(number):
@@ -216,7 +215,6 @@ def until(connection, text, held=b""):
     return held
 
 
-@pytest.mark.timeout(600)
 def test_over_a_socket_answers_come_while_the_body_is_sent(settings, openai, owner, tmp_path):
     count = "select count(*) from sources where tenant_id = 't'"
     with serving(settings, openai, tmp_path) as (process, address):

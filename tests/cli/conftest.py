@@ -1,20 +1,18 @@
 """An embedded database of its own for each module, and commands run in process."""
 
-import contextlib
 import os
 from unittest import mock
 
 import pytest
 
-from app import embedded
 from app.__main__ import main
+from tests.conftest import started_copy
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
+def data_dir(tmp_path_factory, ready_data):
     """An embedded database that stays up for the module, as beside a running server."""
-    path = tmp_path_factory.mktemp("data") / "pg"
-    with contextlib.closing(embedded.start(path, durable=False)):
+    with started_copy(ready_data, tmp_path_factory.mktemp("data") / "pg") as path:
         yield path
 
 

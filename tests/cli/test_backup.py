@@ -88,7 +88,6 @@ def places(cluster, contrib, template, openai):
                     admin.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(login)))
 
 
-@pytest.mark.timeout(300)  # every command is a process
 def test_the_page_on_backups_brings_back_what_was_there(root, tmp_path, cluster, openai, places):
     names, replaced = places
     shell = Shell(root, tmp_path)

@@ -21,6 +21,7 @@ from app.arguments import parser
 from app.drafts import Draft
 from app.errors import SetupError
 from app.settings import Settings
+from tests.conftest import PATIENCE
 
 
 @pytest.fixture
@@ -275,22 +276,22 @@ def test_serve_brings_a_database_along_and_ctrl_c_stops_both(tmp_path):
         assert httpx.get(f"{address}/health/ready").json()["status"] == "ready"
         assert postmaster(tmp_path / "pg") is not None
         body = {"tenant_id": "t", "content": "A heron stands in the water."}
-        assert httpx.put(f"{address}/documents/a%2Fb", json=body, timeout=30).status_code == 201
+        assert httpx.put(f"{address}/documents/a%2Fb", json=body, timeout=PATIENCE).status_code == 201
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=PATIENCE) == 0
         assert postmaster(tmp_path / "pg") is None
     with serving(tmp_path / "pg", "--workers", "2") as (process, address):
-        found = httpx.post(f"{address}/search", json={"tenant_id": "t", "query": "bird"}, timeout=30).json()
+        found = httpx.post(f"{address}/search", json={"tenant_id": "t", "query": "bird"}, timeout=PATIENCE).json()
         assert [hit["id"] for hit in found["results"]] == ["a/b"]
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=PATIENCE) == 0
         assert postmaster(tmp_path / "pg") is None
 
 
 def test_a_killed_server_starts_again_and_has_what_it_acknowledged(tmp_path):
     with serving(tmp_path / "pg") as (process, address):
         body = {"tenant_id": "t", "content": "A heron stands in the water."}
-        assert httpx.put(f"{address}/documents/a", json=body, timeout=30).status_code == 201
+        assert httpx.put(f"{address}/documents/a", json=body, timeout=PATIENCE).status_code == 201
         database = postmaster(tmp_path / "pg")
         os.killpg(process.pid, signal.SIGKILL)
         os.kill(database, signal.SIGKILL)
@@ -299,7 +300,7 @@ def test_a_killed_server_starts_again_and_has_what_it_acknowledged(tmp_path):
     with serving(tmp_path / "pg") as (process, address):
         assert httpx.get(f"{address}/documents/a", params={"tenant_id": "t"}).json()["content"] == body["content"]
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE)
     assert postmaster(tmp_path / "pg") is None
 
 
@@ -317,7 +318,7 @@ def test_several_processes_from_nothing_share_one_server(tmp_path):
         )
         for _ in range(3)
     ]
-    results = [process.communicate(timeout=60) for process in several]
+    results = [process.communicate(timeout=PATIENCE) for process in several]
     assert [process.returncode for process in several] == [0, 0, 0], results
     assert all(json.loads(out)["revision"] == "0011" for out, _ in results)
     assert postmaster(tmp_path / "pg") is None

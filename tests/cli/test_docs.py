@@ -25,7 +25,7 @@ from psycopg import sql
 from app import embedded, local, schema
 from app.asgi import create_app
 from app.settings import Settings
-from tests.conftest import NEEDS_CONTRIB, passwords
+from tests.conftest import NEEDS_CONTRIB, PATIENCE, passwords, started_copy
 from tests.openai_server import CHAT
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -122,14 +122,14 @@ class Shell:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=90,
+            timeout=PATIENCE,
         )
         return done.returncode, self._said(done.stdout)
 
     def stop(self):
         if self.server is not None:
             os.killpg(self.server.pid, signal.SIGTERM)
-            self.server.wait(timeout=30)
+            self.server.wait(timeout=PATIENCE)
             self.server = None
 
     def _said(self, text):
@@ -157,9 +157,18 @@ class Shell:
 
 
 @pytest.fixture
-def shell(root, tmp_path):
+def shell(root, tmp_path, ready_data):
     made = Shell(root, tmp_path)
     # One embedded server for the page, up for as long as it is read, rather than one for each command.
+    with started_copy(ready_data, tmp_path / ".pgrecall"):
+        yield made
+        made.stop()
+
+
+@pytest.fixture
+def bare_shell(root, tmp_path):
+    """With an embedded server that has no database yet: its first command makes one for the model of its choice."""
+    made = Shell(root, tmp_path)
     with contextlib.closing(embedded.start(tmp_path / ".pgrecall", durable=False)):
         yield made
         made.stop()
@@ -180,7 +189,6 @@ def check(shell, text):
     assert ran
 
 
-@pytest.mark.timeout(300)  # every command is a process
 @pytest.mark.parametrize("page", ["api", "filters", "ingest", "keys", "settings"])
 def test_the_commands_of_a_page_give_what_it_shows(shell, root, page):
     check(shell, (root / f"docs/{page}.md").read_text())
@@ -217,7 +225,6 @@ def test_the_readmes_commands_give_what_it_shows_on_a_postgresql_of_ones_own_too
                 admin.execute(sql.SQL("drop role {}").format(sql.Identifier(login)))
 
 
-@pytest.mark.timeout(300)  # every command is a process
 def test_a_database_of_an_older_release_is_migrated_as_the_page_on_deploying_shows(shell, root, cluster, contrib):
     if not contrib:
         pytest.skip(NEEDS_CONTRIB)
@@ -241,8 +248,8 @@ def test_a_database_of_an_older_release_is_migrated_as_the_page_on_deploying_sho
             admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
-@pytest.mark.timeout(300)  # every command is a process
-def test_a_server_of_ones_own_embeds_searches_and_answers_as_the_page_on_models_shows(shell, root, openai):
+def test_a_server_of_ones_own_embeds_searches_and_answers_as_the_page_on_models_shows(bare_shell, root, openai):
+    shell = bare_shell
     openai.models = {"granite-embedding:278m", "bge-m3", "llama3.1", "BAAI/bge-reranker-v2-m3"}
     openai.only_dimensions = 768
     openai.answer = "Open Settings, choose Security [Source 1] and press Reset [Source 7]."
@@ -262,7 +269,6 @@ def test_a_server_of_ones_own_embeds_searches_and_answers_as_the_page_on_models_
     assert all(f"    {command}\n" in readme for command in settings)
 
 
-@pytest.mark.timeout(300)  # eleven commands, each a process that may load the model
 def test_the_page_on_changing_the_model_shows_what_each_step_prints(shell, root, openai):
     openai.only_dimensions = 768
     shell.places = {"http://localhost:11434/v1": openai.url}
@@ -305,7 +311,7 @@ def test_the_sql_of_the_documentation_runs_as_the_analyst(shell, root):
     contents = {"faq/password": "Open Settings and reset your password.", "faq/invoice": twin, "faq/twin": twin}
     for identity, content in contents.items():
         body = {"tenant_id": "acme", "content": content, "metadata": {"lang": "en"}}
-        httpx.put(f"{shell.places[ADDRESS]}/documents/{identity}", json=body, timeout=30).raise_for_status()
+        httpx.put(f"{shell.places[ADDRESS]}/documents/{identity}", json=body, timeout=PATIENCE).raise_for_status()
     url = re.search(r"'(postgresql://analyst@[^']+)'", shell.run("pgrecall status --json")[1])[1]
     pages = [(root / page).read_text() for page in ("README.md", "docs/schema.md")]
     statements = [statement for page in pages for statement in blocks(page, "sql")]
@@ -319,7 +325,6 @@ def test_the_sql_of_the_documentation_runs_as_the_analyst(shell, root):
                 assert statement == grant or analyst.execute(statement).fetchall(), statement
 
 
-@pytest.mark.timeout(300)  # every command is a process
 def test_the_tour_in_sql_gives_what_it_shows(shell, root):
     page = (root / "docs/sql.md").read_text()
     shutil.copytree(root / "samples", shell.folder / "samples")
@@ -334,7 +339,7 @@ def test_the_tour_in_sql_gives_what_it_shows(shell, root):
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=PATIENCE,
         )
         assert same(shown, done.stdout), query + done.stdout + done.stderr
     (recipe,) = blocks(page, "python")

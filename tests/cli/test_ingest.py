@@ -129,7 +129,6 @@ def test_dates_of_files_are_taken_on_demand(run, tmp_path, stored):
     assert stored("dates", "created_at::date::text") == {"a.txt": "1970-01-02"}
 
 
-@pytest.mark.timeout(400)
 def test_standard_input(data_dir, stored):
     environment = os.environ | {"PGRECALL_DATA_DIR": str(data_dir)}
 
@@ -267,7 +266,6 @@ def test_standard_input_has_to_be_named(run, options, words):
     assert (status, words in err) == (2, True)
 
 
-@pytest.mark.timeout(400)
 def test_ctrl_c_leaves_whole_documents_and_the_next_run_goes_on(data_dir, tmp_path, owner, run):
     lines = (
         json.dumps({"id": f"d{n}", "content": " ".join(f"Sentence {n} {m} tells of a river." for m in range(20))})

@@ -15,7 +15,7 @@ from psycopg import sql
 from app import embedded, local, psql
 from app.__main__ import main
 from app.settings import masked
-from tests.conftest import passwords
+from tests.conftest import PATIENCE, passwords
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def printed(data_dir, *arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -14,8 +14,7 @@ import pytest
 
 from app.__main__ import main
 from tests.cli.test_commands import serving
-
-pytestmark = pytest.mark.timeout(300)  # two or three processes are started one after the other
+from tests.conftest import PATIENCE, started_copy
 
 
 @pytest.fixture
@@ -47,11 +46,18 @@ def worker(environment, *options):
         process.communicate()
 
 
-def until(condition, seconds=90):
-    deadline = time.monotonic() + seconds
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+WAITING = """
+select from pg_locks waiting join pg_locks held using (pid)
+ where not waiting.granted and held.database = (select oid from pg_database where datname = current_database())
+"""
+"""Somebody in this database waits for a lock of somebody else."""
 
 
 def insert(owner, count, tenant="acme"):
@@ -67,7 +73,7 @@ def count(owner, condition):
 
 def test_what_a_killed_worker_held_is_finished_by_another(environment, owner, openai):
     insert(owner, 40)
-    openai.delay = 10
+    openai.delay = 2 * PATIENCE
     with worker(environment) as first:
         until(lambda: openai.embedded)
         first.send_signal(signal.SIGKILL)
@@ -77,18 +83,18 @@ def test_what_a_killed_worker_held_is_finished_by_another(environment, owner, op
     with worker(environment) as second:
         until(lambda: count(owner, "state = 'ready'") == 40)
         second.send_signal(signal.SIGTERM)
-        assert second.wait(timeout=30) == 0
+        assert second.wait(timeout=PATIENCE) == 0
     assert owner.execute("select count(*) from documents").fetchone() == (40,)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_worker_gives_back_at_once_and_ends_well(environment, owner, openai, number):
     insert(owner, 3)
-    openai.delay = 10
+    openai.delay = 2 * PATIENCE
     with worker(environment | {"PGRECALL_WORKER_LEASE": "3600"}) as process:
         until(lambda: openai.embedded)
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert "3 given back" in err
     assert "Traceback" not in err
@@ -98,17 +104,17 @@ def test_an_interrupted_worker_gives_back_at_once_and_ends_well(environment, own
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_does_not_break_off_the_giving_back(environment, owner, openai, second):
     insert(owner, 3)
-    openai.delay = 10
+    openai.delay = 2 * PATIENCE
     with worker(environment | {"PGRECALL_WORKER_LEASE": "3600"}) as process:
         until(lambda: openai.embedded)
         # The rows cannot be given back until this transaction ends, so that the second signal comes in between.
         with owner.transaction():
             owner.execute("select from sources for update")
             process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
+            until(lambda: owner.execute(WAITING).fetchone() is not None)
             process.send_signal(second)
-            time.sleep(0.5)
-        _, err = process.communicate(timeout=30)
+            time.sleep(0.2)  # for it to do what it must not
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert "3 given back" in err
     assert "Traceback" not in err
@@ -172,16 +178,16 @@ def test_a_worker_refuses_a_database_of_another_model(environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert process.returncode == 2
     assert "64 dimensions" in process.stderr
 
 
-def test_serve_works_off_what_is_pending_beside_the_embedded_database(tmp_path):
-    with serving(tmp_path / "pg") as (process, address):
+def test_serve_works_off_what_is_pending_beside_the_embedded_database(tmp_path, ready_data):
+    with started_copy(ready_data, tmp_path / "pg") as data, serving(data) as (process, address):
         body = {"tenant_id": "t", "content": "A heron stands in the water."}
-        answer = httpx.put(f"{address}/documents/a", params={"wait": "false"}, json=body, timeout=30)
+        answer = httpx.put(f"{address}/documents/a", params={"wait": "false"}, json=body, timeout=PATIENCE)
         assert (answer.status_code, answer.json()["state"]) == (202, "pending")
         # The fifth line says where the socket is: elsewhere when the path of the folder is too long for one.
         pgdata = tmp_path / "pg" / "postgres"
@@ -192,9 +198,9 @@ def test_serve_works_off_what_is_pending_beside_the_embedded_database(tmp_path):
             )
 
         def states():
-            page = httpx.get(f"{address}/documents", params={"tenant_id": "t"}, timeout=30).json()
+            page = httpx.get(f"{address}/documents", params={"tenant_id": "t"}, timeout=PATIENCE).json()
             return {document["state"] for document in page["documents"]}
 
         until(lambda: states() == {"ready"})
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=PATIENCE) == 0

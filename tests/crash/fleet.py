@@ -14,9 +14,7 @@ import httpx
 import psutil
 
 from app import embedded
-
-PATIENCE = 120.0
-"""Seconds after which something that should happen soon has not, on a machine busy with other things."""
+from tests.conftest import PATIENCE
 
 
 class Fleet:

@@ -19,11 +19,9 @@ from app.drafts import Draft
 from app.embedding import open_embedder
 from app.errors import DatabaseUnavailable, EmbeddingFailed, StorageFull, Unavailable
 from app.upsert import put
-from tests.conftest import settings_for
+from tests.conftest import PATIENCE, settings_for
 from tests.crash import invariants, prose
 from tests.crash.proxy import Proxy
-
-pytestmark = pytest.mark.timeout(600)
 
 DRIVERS_WORDS = ("psycopg", "sqlalchemy", "errno", "libpq", "could not extend", "terminating", "server closed")
 
@@ -135,7 +133,7 @@ async def test_a_server_restarted_in_the_middle_of_batches_costs_only_tries(own_
         assert "unix_socket_directories" in options
         await asyncio.to_thread(embedded._run, server.data_path, pgdata, "pg_ctl", "restart", "-w", "-s", "-m", mode)
         before = dict(acknowledged)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while all(acknowledged[name] == content for name, content in before.items()):  # noqa: ASYNC110  what the writers write
                 await asyncio.sleep(0.02)
     await asyncio.sleep(0.5)

@@ -17,9 +17,9 @@ import pytest
 from app.arguments import parser
 from app.chunking import Chunk
 from app.embedding import open_embedder
-from tests.conftest import DIMENSIONS, settings_for
+from tests.conftest import DIMENSIONS, PATIENCE, settings_for
 from tests.crash import invariants
-from tests.crash.fleet import PATIENCE, Fleet
+from tests.crash.fleet import Fleet
 from tests.crash.ledger import Ledger
 from tests.crash.storm import Client, Folder
 
@@ -164,7 +164,7 @@ VICTIMS = ["postgres", "api", "cli", "api+postgres", "worker", "one of several",
 @pytest.mark.parametrize(
     "runs",
     [
-        pytest.param(5, marks=pytest.mark.timeout(600)),
+        5,
         pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(7200)]),
     ],
 )

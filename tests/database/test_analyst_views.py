@@ -81,8 +81,8 @@ async def test_every_index_is_there_and_an_invalid_one_is_seen(stored, analyst, 
             "insert into documents (tenant_id, id, chunk_key, content, embedding) "
             "values ('acme', 'open', 'k', 'x', array_fill(1, array[64])::vector)"
         )
-        owner.execute("set statement_timeout = '2s'")  # it waits for the transaction that is open, and is given up
-        with pytest.raises(psycopg.errors.QueryCanceled):
+        owner.execute("set lock_timeout = '0.5s'")  # it waits for the transaction that is open, and is given up
+        with pytest.raises(psycopg.errors.LockNotAvailable):
             owner.execute(f"create index concurrently {name} on documents using hnsw (embedding vector_cosine_ops)")
     assert rows(analyst, "select index_name from index_health where not valid") == [{"index_name": name}]
 

@@ -64,7 +64,6 @@ def rows(owner, tenant):
     ]
 
 
-@pytest.mark.timeout(600)
 def test_any_sequence_of_batches_leaves_the_same_rows_either_way(settings, owner):
     number = 0
 

@@ -21,6 +21,7 @@ WHO = Statement(
     {},
 )
 SLEEP = Statement("sleep", "select pg_sleep(5)", {})
+PATIENT = {"statement_timeout": "60s"}
 INSERT = text("insert into sources (tenant_id, id, content) values ('acme', 'a', 'x')")
 
 
@@ -74,7 +75,7 @@ async def test_neither_does_the_time_limit(settings):
     hasty = Database(replace(settings, pool_size=1, statement_timeout=0.1), settings.database_url)
     with pytest.raises(TimedOut):
         await hasty.fetch("acme", [SLEEP])
-    ((row,),) = await hasty.fetch("umbra", [WHO])
+    ((row,),) = await hasty.fetch("umbra", [WHO], PATIENT)
     assert row["tenant"] == "umbra"
     await hasty.close()
 
@@ -137,6 +138,6 @@ async def test_a_server_that_does_not_answer_is_not_waited_for(settings):
     hasty = Database(replace(settings, pool_size=1, statement_timeout=0.1), settings.database_url)
     with pytest.raises(TimedOut):
         await hasty.fetch("acme", [SLEEP], {"statement_timeout": "0"})
-    ((row,),) = await hasty.fetch("umbra", [WHO])
+    ((row,),) = await hasty.fetch("umbra", [WHO], PATIENT)
     assert row["tenant"] == "umbra"
     await hasty.close()

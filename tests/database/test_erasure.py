@@ -14,7 +14,7 @@ from app.errors import BeingErased, NotFound, SetupError, TimedOut, Unavailable,
 from app.tables import GRANTS, RUN_PREFIX, bearing
 from app.upsert import put
 from app.worker import Worker
-from tests.conftest import DIMENSIONS
+from tests.conftest import DIMENSIONS, PATIENCE
 
 OTTERS = "Otters eat fish. " + " ".join(f"They were seen at the {n}th mill of the river." for n in range(60))
 HERONS = "Herons stand still. " + " ".join(f"The {n}th of them waits at the weir for hours." for n in range(60))
@@ -214,7 +214,13 @@ async def test_an_erasure_waits_for_a_put_under_way_and_takes_it_along(write, da
             "insert into sources (tenant_id, id, content) values ('acme', 'late', 'written by hand')"
         )
         erasing = asyncio.create_task(erasure.tenant(database, settings, "acme"))
-        await asyncio.sleep(0.3)
+        waiting = (
+            "select from pg_locks where locktype = 'advisory' and not granted "
+            "and database = (select oid from pg_database where datname = current_database())"
+        )
+        async with asyncio.timeout(PATIENCE):
+            while owner.execute(waiting).fetchone() is None:  # noqa: ASYNC110  a session of the server
+                await asyncio.sleep(0.02)
         assert not erasing.done()
     erased = await erasing
     assert erased.removed["sources"] == 2
@@ -251,7 +257,9 @@ async def test_what_is_put_while_it_is_erased_is_whole_or_not_there(write, datab
         erased = await erasure.tenant(database, settings, "acme")
         last = clock()
         assert erased.complete
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(PATIENCE):
+        while not any(began > last for began, _ in acknowledged.values()):  # noqa: ASYNC110  what the writers write
+            await asyncio.sleep(0.02)
     over = True
     await asyncio.gather(*writers)
     await terms.fold(database, "acme")
@@ -317,12 +325,12 @@ async def test_a_worker_goes_on_for_other_tenants_while_one_is_erased(write, dat
     working = Worker(database, embedder, settings)
     async with database.write("acme", alone=True):
         task = asyncio.create_task(working.run())
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while owner.execute("select count(*) from sources where state = 'ready'").fetchone() != (1,):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         assert working._pause == 0
     assert owner.execute("select tenant_id from sources where state = 'ready'").fetchall() == [("other",)]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while owner.execute("select count(*) from sources where state = 'ready'").fetchone() != (2,):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     task.cancel()

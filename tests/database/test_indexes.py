@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from app import indexes, layout, schema, search
 from app.errors import BadInput, SetupError
-from tests.conftest import DIMENSIONS
+from tests.conftest import DIMENSIONS, PATIENCE
 
 COUNT = 700
 
@@ -40,23 +40,25 @@ async def test_searches_run_through_a_change_and_use_the_new_index_after_it(
     monkeypatch.setattr(layout, "FRESH", 0.2)
     query = rows[5]
     done = asyncio.Event()
+    kinds = set()
 
     async def keep_searching():
-        kinds = set()
         while not done.is_set():
             found = await search.search(database, replace(settings, exact_rows=100), "t", query, top_k=10)
             assert len(found.hits) == 10
             assert found.hits[0].id == "d5"
             kinds.add(found.scan.kind)
-        return kinds
 
     searching = asyncio.create_task(keep_searching())
     try:
         kept = await asyncio.to_thread(indexes.change, owner_url, kind, oversampling=None, told=quiet, patience=1.0)
-        await asyncio.sleep(0.5)
+        async with asyncio.timeout(PATIENCE):
+            while kind not in kinds and not searching.done():  # noqa: ASYNC110  what the other task finds
+                await asyncio.sleep(0.02)
     finally:
         done.set()
-    assert await searching == {"full", kind}
+        await searching
+    assert kinds == {"full", kind}
     assert [(each.kind, each.state, each.valid) for each in kept] == [(kind, "active", 16)]
 
 

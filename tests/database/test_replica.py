@@ -18,12 +18,12 @@ from app import embedded, local, questions, replica, schema, search
 from app.asgi import create_app
 from app.database import Database
 from app.drafts import Draft
-from app.embedding import open_embedder
+from app.embedding import Embedder, open_embedder
 from app.errors import ModelMismatch, SetupError
 from app.replica import Standing
 from app.statements import Statement
 from app.upsert import put
-from tests.conftest import Cluster, settings_for
+from tests.conftest import PATIENCE, Cluster, settings_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("PGRECALL_TEST_POSTGRES", "embedded") != "embedded",
@@ -100,7 +100,6 @@ def settings(primary, standby, openai):
         database_read_url=standby.cluster.url("app", local.SERVICE),
         migration_url=primary.url("app", local.OWNER),
         replica_lag=1.0,
-        statement_timeout=3.0,
     )
 
 
@@ -119,11 +118,13 @@ async def embedder(settings):
 
 
 async def eventually(holds: Callable[[], object]) -> None:
-    for _ in range(200):
-        if await holds():
-            return
-        await asyncio.sleep(0.1)
-    pytest.fail("did not come about")
+    async with asyncio.timeout(PATIENCE):
+        while not await holds():  # noqa: ASYNC110  what is waited for happens in servers
+            await asyncio.sleep(0.1)
+
+
+async def level(database: Database, embedder: Embedder) -> bool:
+    return (await schema.check(database, embedder)).replica == Standing("serving", 0.0)
 
 
 async def on_replica(database: Database) -> bool:
@@ -132,9 +133,9 @@ async def on_replica(database: Database) -> bool:
 
 
 async def test_searches_read_from_the_replica_while_it_keeps_up(settings, database, embedder, standby):
-    assert (await schema.check(database, embedder)).replica == Standing("serving", 0.0)
+    await eventually(lambda: level(database, embedder))
     await put(database, embedder, settings, "acme", [Draft("otter", "Otters eat fish.")])
-    assert await on_replica(database)
+    await eventually(lambda: on_replica(database))
     question = await questions.vector(embedder, "Otters eat fish.")
 
     async def seen():
@@ -169,7 +170,7 @@ async def test_an_idle_primary_is_no_lag_and_a_replica_cut_off_is(settings, data
     with psycopg.connect(primary.url("app", local.OWNER), autocommit=True) as owner:
         owner.execute("insert into embedding_models (name, dimensions, state) values ('old', 1, 'retired')")
         await asyncio.sleep(1.5)  # longer than the limit, with nothing written
-        assert (await schema.check(database, embedder)).replica == Standing("serving", 0.0)
+        await eventually(lambda: level(database, embedder))
         standby.run("alter system set primary_conninfo = 'host=/nowhere'")
         standby.run("select pg_reload_conf()")
         with psycopg.connect(standby.cluster.admin, autocommit=True) as admin:
@@ -189,7 +190,7 @@ async def test_an_idle_primary_is_no_lag_and_a_replica_cut_off_is(settings, data
 
 async def test_a_replica_that_is_gone_is_done_without_and_found_again(settings, database, embedder, standby):
     await schema.check(database, embedder)
-    assert await on_replica(database)
+    await eventually(lambda: on_replica(database))
     standby.stop()
     assert not await on_replica(database)
     async with AsyncTestClient(create_app(settings)) as client:  # starts without it, too
@@ -205,9 +206,20 @@ async def test_a_search_that_replay_interrupts_is_answered_by_the_primary(databa
     standby.run("select pg_reload_conf()")
     await schema.check(database, embedder)
     caplog.set_level(logging.INFO)
-    slow = Statement("slow", "select pg_is_in_recovery() as replica, pg_sleep(1), count(*) from tenant_sources", {})
+    slow = Statement(
+        "slow",
+        "select pg_is_in_recovery() as replica, case when pg_is_in_recovery() then pg_sleep(600) end, count(*) "
+        "from tenant_sources",
+        {},
+    )
     asked = asyncio.create_task(database.fetch("acme", [slow]))
-    await asyncio.sleep(0.3)
+    asleep = "select from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep'"
+    with psycopg.connect(standby.cluster.url("app", "postgres"), autocommit=True) as admin:
+
+        async def reading():
+            return admin.execute(asleep).fetchone() is not None
+
+        await eventually(reading)
     with psycopg.connect(primary.url("app", local.OWNER), autocommit=True) as owner:
         owner.execute("begin; lock table sources in access exclusive mode; commit")
     (((row),),) = await asked

@@ -17,11 +17,8 @@ from msgspec.structs import asdict
 
 from app import local
 from app.settings import variable
-from tests.conftest import Cluster, cloned, settings_for
+from tests.conftest import PATIENCE, Cluster, cloned, settings_for
 from tests.openai_server import OpenAIServer
-
-PATIENCE = 60
-"""Seconds after which something that should happen at once has not, on a machine that is busy with other things."""
 
 
 @dataclass

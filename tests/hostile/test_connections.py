@@ -20,7 +20,8 @@ from msgspec.structs import replace
 from app.api import body
 from app.api.head import OTHER_FILES
 from bench.hostile import KINDS, TENANT, Crowd, Memory, searching
-from tests.hostile.served import PATIENCE, serving
+from tests.conftest import PATIENCE
+from tests.hostile.served import serving
 
 FILES = 600
 """What the server may open: fewer than there are clients."""
@@ -154,10 +155,11 @@ def test_a_server_takes_as_many_files_as_it_is_allowed():
 
 
 @pytest.fixture
-def settings(settings):
-    return replace(settings, pool_size=1, pool_timeout=0.3)
+def settings(settings, request):
+    return replace(settings, **getattr(request, "param", {}))
 
 
+@pytest.mark.parametrize("settings", [{"pool_size": 1, "pool_timeout": 0.3}], indirect=True, ids=[""])
 async def test_a_process_whose_connections_are_all_in_use_is_ready_all_the_same(client, app):
     database = app.state.service.database
     async with database.write("acme"):

@@ -254,7 +254,6 @@ def settings(settings):
     return replace(settings, chat_model="gpt-test", embedding_retries=0, key_cache=0.0)
 
 
-@pytest.mark.timeout(600)
 async def test_every_text_is_stored_to_the_letter_or_refused_by_name(client, corpus, owner):
     document = (await client.get("/docs/openapi.json")).json()
     before, faults, answered = fingerprint(owner), [], Counter()

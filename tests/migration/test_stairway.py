@@ -17,7 +17,7 @@ from psycopg import sql
 from sqlalchemy.exc import OperationalError
 
 from app import local, schema
-from tests.conftest import DIMENSIONS, passwords, settings_for
+from tests.conftest import DIMENSIONS, PATIENCE, passwords, settings_for
 from tests.migration.catalogue import difference, rows, snapshot, tables
 
 CONFIG = schema.config(settings_for(None, "http://127.0.0.1:9/v1"))
@@ -236,7 +236,7 @@ def test_what_a_killed_build_left_is_made_anew(way, revision, built, config, set
             while not admin.execute(waiting).fetchall():
                 assert migrating.is_alive(), killed
                 time.sleep(0.02)
-        migrating.join(30)
+        migrating.join(PATIENCE)
     assert isinstance(killed[0], OperationalError)
     assert invalid(owner) == [built[0][0]]
     step(config, after)

@@ -15,10 +15,7 @@ from typing import NamedTuple
 import httpx
 import psycopg
 
-from tests.conftest import DIMENSIONS
-
-PATIENCE = 90.0
-"""Seconds after which something that should happen soon has not, on a machine busy with other things."""
+from tests.conftest import DIMENSIONS, PATIENCE
 
 TENANTS = ("acme", "umbra", "initech", "hooli")
 WORDS = [
@@ -58,6 +55,8 @@ def serving(folder, code, url, openai_url):
         "PGRECALL_EMBEDDING_MODEL": "text-embedding-3-small",
         "PGRECALL_EMBEDDING_DIMENSIONS": str(DIMENSIONS),
         "PGRECALL_LOG_LEVEL": "warning",
+        "PGRECALL_POOL_TIMEOUT": str(PATIENCE),
+        "PGRECALL_STATEMENT_TIMEOUT": str(PATIENCE),
         "PYTHONPATH": str(code),
     }
     address = f"http://127.0.0.1:{port}"

@@ -8,7 +8,7 @@ from importlib.resources import files
 from itertools import pairwise
 from pydoc_data.topics import topics
 from statistics import fmean
-from time import perf_counter, process_time
+from time import process_time
 
 import pytest
 from tokenizers import BertWordPieceTokenizer
@@ -282,11 +282,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_long_texts_of_every_kind(name: str) -> None:
-    """A quarter of a megabyte in a few seconds, and within the limits."""
+    """A quarter of a megabyte in a few seconds of this process's own, and within the limits."""
     text = HOSTILE[name](250_000)
-    began = perf_counter()
+    began = process_time()
     chunks = chunk(text, letters, max_tokens=200, overlap_tokens=40)
-    assert perf_counter() - began < 15
+    assert process_time() - began < 15
     assert restored(chunks) == text
     assert max(letters([each.content for each in chunks])) <= 200
     assert len({each.key for each in chunks}) == len(chunks)
@@ -313,9 +313,9 @@ def test_a_megabyte_of_prose_with_the_real_tokenizer(wordpiece: TokenCounter) ->
         return wordpiece(texts)
 
     text = " ".join(f"{n} {each}" for n, each in enumerate(PARAGRAPHS * 8))[:1_000_000]
-    began = perf_counter()
+    began = process_time()
     chunks = chunk(text, counted, max_tokens=200, overlap_tokens=40)
-    assert perf_counter() - began < 30
+    assert process_time() - began < 60  # of both cores
     assert len(calls) < 20
     assert restored(chunks) == text
     assert max(wordpiece([each.content for each in chunks])) <= 200

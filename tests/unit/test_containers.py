@@ -207,9 +207,9 @@ def test_the_health_checks_tell_200_from_anything_else(final, services, place):
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         script = test[2].replace("8000", str(server.server_address[1]))
-        ended = [subprocess.run([sys.executable, "-c", script], check=False, timeout=30).returncode for _ in statuses]
+        ended = [subprocess.run([sys.executable, "-c", script], check=False, timeout=100).returncode for _ in statuses]
         server.shutdown()
         thread.join()
-    closed = subprocess.run([sys.executable, "-c", script], check=False, timeout=30, capture_output=True)
+    closed = subprocess.run([sys.executable, "-c", script], check=False, timeout=100, capture_output=True)
     assert (ended, asked) == ([0, 1], [path, path])
     assert closed.returncode == 1

@@ -2,6 +2,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from app.errors import SetupError
 from app.remote import OpenAIEmbedder
 from app.settings import LOCAL_MODEL, Settings
 from app.tokens import WordCounts
+from tests.conftest import PATIENCE
 
 SENTENCES = [
     "The index is rebuilt every night.",
@@ -37,7 +39,7 @@ def test_nothing_is_told_to_anybody(tmp_path):
     environment = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     script = "from app.embedding import LocalEmbedder; LocalEmbedder()"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.rglob("*")) == []
@@ -132,12 +134,26 @@ async def test_the_event_loop_is_free_while_texts_are_embedded(model):
     assert turns > 10
 
 
-async def test_a_query_does_not_wait_for_a_whole_book(model):
+async def test_a_query_does_not_wait_for_a_whole_book(model, monkeypatch):
+    run, sizes, asked = model._run, [], threading.Event()
+
+    def recorded(batch):
+        sizes.append(len(batch))
+        assert asked.wait(PATIENCE)
+        return run(batch)
+
+    monkeypatch.setattr(model, "_run", recorded)
     book = asyncio.create_task(model.embed([f"{SENTENCES[3]} {number}" for number in range(80)], "document"))
-    await asyncio.sleep(0.05)
-    await model.embed(["a query"], "query")
-    assert not book.done()
+    while not sizes:  # noqa: ASYNC110 - another thread's list has no event to wait for
+        await asyncio.sleep(0.01)
+    query = asyncio.create_task(model.embed(["a query"], "query"))
+    while not model._turn._waiters:  # noqa: ASYNC110 - nor has a lock one for who waits for it
+        await asyncio.sleep(0.01)
+    asked.set()
+    await query
     assert (await book).shape == (80, 384)
+    assert len(sizes) > 3
+    assert sizes.index(1) < len(sizes) - 1
 
 
 async def test_calls_at_once_take_turns(model, monkeypatch):

@@ -19,7 +19,7 @@ from app.extractive import extract, sentences
 from app.rag import Done, Failed, Given, Token, Used
 from app.search import Hit
 from app.settings import Settings
-from tests.conftest import THOROUGH
+from tests.conftest import PATIENCE, THOROUGH
 from tests.openai_server import embedding
 
 QUESTION = "Why is the sky blue?"
@@ -66,7 +66,7 @@ def configured(server=None, **changes):
     return Settings(
         openai_api_key="sk-secret",
         chat_model="small",
-        **({"openai_base_url": server and server.url, "chat_timeout": 5.0} | changes),
+        **({"openai_base_url": server and server.url, "chat_timeout": PATIENCE} | changes),
     )
 
 
@@ -192,12 +192,12 @@ async def test_a_model_that_fails_in_the_middle(openai, kind):
 
 
 async def test_a_server_that_hangs_is_left_within_the_time_limit(openai):
-    openai.fail("hang", seconds=30, times=3)
-    async with asyncio.timeout(5):
+    openai.fail("hang", seconds=2 * PATIENCE, times=3)
+    async with asyncio.timeout(PATIENCE):
         events = await events_of(openai, chat_timeout=0.3)
     assert "PGRECALL_CHAT_TIMEOUT" in events[-2].detail
-    openai.token_delay = 30
-    async with asyncio.timeout(5):
+    openai.token_delay = 2 * PATIENCE
+    async with asyncio.timeout(PATIENCE):
         events = await events_of(openai, chat_timeout=0.3)
     assert "PGRECALL_CHAT_TIMEOUT" in events[-2].detail
 
@@ -229,7 +229,7 @@ async def test_a_client_that_goes_away_stops_the_model(openai, whole):
                     if isinstance(event, Token):
                         break
         (call,) = openai.chat_calls
-        assert await asyncio.to_thread(call.ended.wait, 3)
+        assert await asyncio.to_thread(call.ended.wait, PATIENCE)
         assert call.disconnected
 
 
@@ -269,7 +269,9 @@ async def odd_server(*replies):
     server = await asyncio.start_server(serve, "127.0.0.1")
     async with server:
         port = server.sockets[0].getsockname()[1]
-        chat = OpenAIChat("odd", base_url=f"http://127.0.0.1:{port}/v1", api_key=None, timeout=5.0, answer_tokens=50)
+        chat = OpenAIChat(
+            "odd", base_url=f"http://127.0.0.1:{port}/v1", api_key=None, timeout=PATIENCE, answer_tokens=50
+        )
         yield chat, bodies
         await chat.aclose()
 

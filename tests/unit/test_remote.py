@@ -21,7 +21,7 @@ from app.errors import BudgetSpent, EmbeddingFailed
 from app.meter import Meter
 from app.remote import HARMLESS, OpenAIEmbedder
 from app.settings import Settings
-from tests.conftest import THOROUGH
+from tests.conftest import PATIENCE, THOROUGH
 from tests.openai_server import OpenAIServer, embedding
 
 DIMENSIONS = 16
@@ -49,7 +49,10 @@ def remote(opened: Callable[..., OpenAIEmbedder]) -> OpenAIEmbedder:
 
 def settings_for(openai: OpenAIServer) -> Settings:
     return Settings(
-        openai_api_key="sk-test", openai_base_url=openai.url, embedding_dimensions=DIMENSIONS, embedding_timeout=5.0
+        openai_api_key="sk-test",
+        openai_base_url=openai.url,
+        embedding_dimensions=DIMENSIONS,
+        embedding_timeout=PATIENCE,
     )
 
 
@@ -217,14 +220,15 @@ async def test_a_complaint_about_one_request_holds_back_the_others(opened, opena
 
 
 async def test_requests_under_way_follow_what_the_server_can_take(opened, openai):
-    openai.capacity, openai.delay = 2, 0.1  # long enough for requests to meet on a busy machine
+    openai.capacity, openai.delay = 2, 0.1
+    openai.holds = lambda _: len(openai.calls) < 16
     embedder = in_batches_of(4, opened(embedding_concurrency=16, embedding_retries=10))
     texts = [f"text {number}" for number in range(400)]
     meter = Meter()
     vectors, faults = await embedder.embed_each(texts, "document", meter)
     assert not faults
     np.testing.assert_allclose(vectors, [embedding(text, DIMENSIONS) for text in texts], atol=1e-6)
-    assert max(call.in_flight for call in openai.calls[:16]) > 5
+    assert max(call.in_flight for call in openai.calls[:16]) == 16
     # Once it has found out, one more than it can take is the most it tries.
     assert max(call.in_flight for call in openai.calls[40:]) <= 4
     # A busy machine may lose a connection, which is tried again too.
@@ -239,7 +243,7 @@ async def test_requests_under_way_follow_what_the_server_can_take(opened, openai
 
 async def test_a_question_does_not_wait_for_documents(opened, openai):
     embedder = in_batches_of(1, opened(embedding_concurrency=2))
-    openai.fail("hang", seconds=30, times=2)
+    openai.fail("hang", seconds=PATIENCE, times=2)
     bulk = asyncio.create_task(embedder.embed([f"text {number}" for number in range(4)], "document"))
     while len(openai.calls) < 2:  # noqa: ASYNC110 - another thread's list has no event to wait for
         await asyncio.sleep(0.01)

@@ -81,13 +81,23 @@ async def test_the_limit_never_goes_below_one_and_grows_back_by_one_a_round():
 async def test_while_the_server_wants_to_be_left_alone_only_the_urgent_go_on():
     throttle = Throttle(4)
     async with throttle.turn() as began:
-        throttle.slow_down(began, 0.3)
-    tasks, inside, leave = await entered(throttle, 1)
+        throttle.slow_down(began, 3600)
+    tasks, inside, _ = await entered(throttle, 1)
     urgent, asked, answered = await entered(throttle, 1, urgent=True)
     assert (inside, asked) == ([], [0])
-    leave.set()
     answered.set()
-    await asyncio.gather(*tasks, *urgent)
+    await asyncio.gather(*urgent)
+    assert inside == []
+    tasks[0].cancel()
+
+
+async def test_when_that_time_is_over_the_others_go_on():
+    throttle = Throttle(4)
+    async with throttle.turn() as began:
+        throttle.slow_down(began, 0.05)
+    tasks, inside, leave = await entered(throttle, 1)
+    leave.set()
+    await asyncio.gather(*tasks)
     assert inside == [0]
 
 

@@ -35,7 +35,7 @@ async def single(settings) -> AsyncIterator[Database]:
 
 async def test_a_fetch_is_one_transaction_and_leaves_nothing_behind(single):
     (one,), (two,) = await single.fetch("acme", [WHO, WHO])
-    assert (one["role"], one["tenant"], one["timeout"]) == ("pgrecall_app", "acme", "10s")
+    assert (one["role"], one["tenant"], one["timeout"]) == ("pgrecall_app", "acme", "100s")
     assert one["transaction"] == two["transaction"]
     async with single._primary.lend() as lent:
         assert lent.search_path == {}  # only where the session's own does not find pgvector

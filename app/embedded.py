@@ -294,7 +294,7 @@ def tuning(memory: int, *, durable: bool) -> dict[str, str]:
         # containers get 64 MB there, and a parallel index build takes maintenance_work_mem
         settings["dynamic_shared_memory_type"] = "sysv"
     if not durable:
-        settings |= dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes"), "off")
+        settings |= dict.fromkeys(("fsync", "synchronous_commit", "full_page_writes", "wal_compression"), "off")
     return settings
 
 

@@ -94,13 +94,19 @@ def cluster(server: str) -> Iterator[Cluster]:
         yield Cluster(server, pooler)
 
 
+def _roomy() -> str:
+    """Memory where there is much of it: the database of each test is some four hundred files."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > 4 << 30 else tempfile.gettempdir()
+
+
 @pytest.fixture(scope="session")
 def server(testrun_uid: str) -> Iterator[str]:
     """A superuser's URL on the server all tests and all xdist workers share."""
     kind = os.environ.get("PGRECALL_TEST_POSTGRES", "embedded")
     if kind == "embedded":
         # Not in pytest's folder, of which it keeps only the last three: several runs at once would lose their database.
-        data = Path(tempfile.gettempdir(), f"pgrecall-tests-{testrun_uid}")
+        data = Path(_roomy(), f"pgrecall-tests-{testrun_uid}")
         with contextlib.closing(embedded.start(data, durable=False)) as server:
             yield server.url()
         if not (data / "postgres/postmaster.pid").exists():

@@ -147,7 +147,7 @@ async def test_a_query_does_not_wait_for_a_whole_book(model, monkeypatch):
     while not sizes:  # noqa: ASYNC110 - another thread's list has no event to wait for
         await asyncio.sleep(0.01)
     query = asyncio.create_task(model.embed(["a query"], "query"))
-    while not model._turn._waiters:  # noqa: ASYNC110 - nor has a lock one for who waits for it
+    while not model._model._work_queue.qsize():  # noqa: ASYNC110 - nor has an executor's queue
         await asyncio.sleep(0.01)
     asked.set()
     await query

@@ -165,7 +165,7 @@ class Searches(NamedTuple):
     failed: list[str]
 
 
-def searching(address: str, seconds: float) -> Searches:
+def searching(address: str, seconds: float, patience: float = 10) -> Searches:
     """Search, one after the other on new connections, as somebody who comes along does."""
     took: list[float] = []
     failed: list[str] = []
@@ -176,7 +176,7 @@ def searching(address: str, seconds: float) -> Searches:
         began = time.perf_counter()
         try:
             query = {**QUESTION, "query": f"Which animals swim in river {number}?"}
-            answer = httpx.post(f"{address}/search", json=query, timeout=10)
+            answer = httpx.post(f"{address}/search", json=query, timeout=patience)
             if answer.status_code != 200:
                 failed.append(answer.text)
         except httpx.HTTPError as error:

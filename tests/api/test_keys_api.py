@@ -194,7 +194,7 @@ async def test_a_stream_that_goes_on_stores_nothing_more_once_its_key_is_refused
 
         async def body():
             yield b'{"id": "a", "content": "text"}\n'
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 while owner.execute("select count(*) from sources").fetchone() != (1,):  # noqa: ASYNC110  the server's
                     await asyncio.sleep(0.01)
             if how == "revoked":

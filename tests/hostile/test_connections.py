@@ -55,11 +55,11 @@ def beset(cluster, template, tmp_path_factory):
 def test_others_are_served_in_bounded_memory_whatever_a_crowd_does(beset):
     beset.openai.answer = f"{'x' * 1_000} " * 2_000
     memory = Memory(beset.process.pid)
-    searching(beset.address, 1)
+    searching(beset.address, 1, PATIENCE)
     before, _ = memory.read()
     with contextlib.ExitStack() as stack:
         crowds = {name: stack.enter_context(Crowd(beset.address, kind, 100)) for name, kind in KINDS.items()}
-        found = searching(beset.address, 6)
+        found = searching(beset.address, 6, PATIENCE)
         _, peak = memory.read()
     opened = {name: crowd.opened for name, crowd in crowds.items()}
     assert all(opened.values()), opened

@@ -112,7 +112,8 @@ def _recorded(settings: Settings) -> str | None:
     with migration_url(settings) as url, connect(url) as connection:
         begun = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
         row = connection.execute("select version_num from pgrecall_revision").fetchone() if begun and begun[0] else None
-    return row[0] if row else None
+    found: str | None = row[0] if row else None
+    return found
 
 
 def is_current(settings: Settings) -> bool:

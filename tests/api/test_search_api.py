@@ -4,6 +4,7 @@ from contextlib import AsyncExitStack
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 
 from tests.api.test_documents_api import assert_problem
 
@@ -184,6 +185,11 @@ async def test_an_unknown_operator_lists_the_known_ones(client):
         "/search", json={"tenant_id": "acme", "query": "x", "metadata": {"a": {"$regex": "x"}}}
     )
     assert "$exists" in assert_problem(response, 400)["detail"]
+
+
+@pytest.fixture
+def settings(settings, request):
+    return replace(settings, **getattr(request, "param", {}))
 
 
 @pytest.mark.parametrize("settings", [{"pool_timeout": 0.2}], indirect=True, ids=[""])

@@ -49,6 +49,7 @@ OTHERWISE: dict[str, str] = {
     "serve": "its routes are the matrix of test_routes.py",
     "tenant": "the owner's, of all tenants at once; prints names and counts (tests/cli/test_admission.py)",
     "tenant create": "the owner's (tests/cli/test_admission.py)",
+    "tenant limit": "the owner's (tests/cli/test_admission.py)",
     "tenant list": "the owner's, of all tenants at once; prints names and counts",
     "tenant delete": "an erasure, which is run here, and keys (tests/cli/test_admission.py)",
     "key": "the owner's, of all tenants at once; prints no key (tests/cli/test_admission.py)",

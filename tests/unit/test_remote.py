@@ -220,7 +220,7 @@ async def test_a_complaint_about_one_request_holds_back_the_others(opened, opena
 
 
 async def test_requests_under_way_follow_what_the_server_can_take(opened, openai):
-    openai.capacity, openai.delay = 2, 0.1
+    openai.capacity, openai.delay = 2, 0.03
     openai.holds = lambda _: len(openai.calls) < 16
     embedder = in_batches_of(4, opened(embedding_concurrency=16, embedding_retries=10))
     texts = [f"text {number}" for number in range(400)]

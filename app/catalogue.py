@@ -230,14 +230,37 @@ def _same_words(text: str, place: str) -> str:
     return re.sub(r"OPERATOR\(([^()\s]+)\)", r"\1", text)
 
 
+_BRACKET = re.compile(r"'(?:[^']|'')*'|\( SELECT\b|[()]")
 _ONE_RELATION = re.compile(
-    r"SELECT .* FROM (\w+)(?: (?!WHERE\b|GROUP\b|ORDER\b|LIMIT\b)(\w+))?(?: (?:WHERE|GROUP|ORDER|LIMIT) .*)?"
+    r"SELECT .* FROM (\w+|\(\))(?: (?!WHERE\b|GROUP\b|ORDER\b|LIMIT\b)(\w+))?(?: (?:WHERE|GROUP|ORDER|LIMIT) .*)?"
 )
 
 
 def _unqualified(text: str) -> str:
-    """A view of one relation without that relation's name before its columns, which PostgreSQL 15 writes and 16 does not."""
-    found = _ONE_RELATION.fullmatch(text)
-    if not found or text.count(" FROM ") > 1:
+    """A view of one relation without that relation's name before its columns, which PostgreSQL 15 writes and 16 does not.
+
+    What stands in selects within it is left as it is: there both versions write the name.
+    """
+    parts = _outside(text)
+    found = _ONE_RELATION.fullmatch("".join(part if outside else "()" for part, outside in parts))
+    if not found:
         return text
-    return re.sub(rf"(?<![\w\".]){found[2] or found[1]}\.(?=[\w\"])", "", text)
+    name = re.compile(rf"(?<![\w\".]){found[2] or found[1]}\.(?=[\w\"])")
+    return "".join(name.sub("", part) if outside else part for part, outside in parts)
+
+
+def _outside(text: str) -> list[tuple[str, bool]]:
+    """The text in parts, and whether each stands outside of selects within it, which are a part each."""
+    parts: list[tuple[str, bool]] = []
+    open_brackets: list[bool] = []
+    begun = 0
+    for found in _BRACKET.finditer(text):
+        if found[0][0] == "(":
+            if len(found[0]) > 1 and not any(open_brackets):
+                parts.append((text[begun : found.start()], True))
+                begun = found.start()
+            open_brackets.append(len(found[0]) > 1)
+        elif found[0] == ")" and open_brackets and open_brackets.pop() and not any(open_brackets):
+            parts.append((text[begun : found.end()], False))
+            begun = found.end()
+    return [*parts, (text[begun:], True)]

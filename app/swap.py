@@ -34,7 +34,7 @@ PATIENCE = 0.5
 ATTEMPTS = 4
 """How often that is tried, a little later each time, while writers wait; then they go on and it begins anew."""
 
-ROUNDS = 6
+ROUNDS = 10
 """How often it begins anew before it is given up."""
 
 POLICIES = """

@@ -116,9 +116,6 @@ words are left out while one runs, so that neither waits for the other in a circ
 """
 
 
-_NAMED = re.compile(r"\b((?:DELETE FROM|UPDATE) (?:ONLY )?\S+) AS (?=\w)")
-
-
 def preflight(relations: Iterable[str] = (), functions: Iterable[str] = (), *, words: bool = True) -> Statement:
     """The statement for these relations and functions; for those that the migrations made where none are named.
 
@@ -162,6 +159,9 @@ def check_roles(row: Mapping[str, Any]) -> None:
 _ANY_LANGUAGE = re.compile(r"'[^']*'::regconfig")
 _QUALIFIER = re.compile(r"(?<![\w\".'])\w+\.(?=[\w\"])")
 """A relation's name before its column, which PostgreSQL 15 writes more often than 16."""
+
+_NAMED = re.compile(r"\b((?:DELETE FROM|UPDATE) (?:ONLY )?\S+) AS (?=\w)")
+"""The name a changed table has in a statement, which PostgreSQL 17 writes AS before and 18 does not."""
 
 _COMMANDS = {"*": "ALL", "r": "SELECT", "a": "INSERT", "w": "UPDATE", "d": "DELETE"}
 
@@ -214,7 +214,6 @@ def _body(each: Mapping[str, Any], place: str) -> str | None:
             return None
         text = _ANY_LANGUAGE.sub("'{language}'::regconfig", _QUALIFIER.sub("", _same_words(each["parsed"], place)))
     signature = _same_words(each["signature"], place)
-    # 17.12 writes AS before the name that a changed table has in a statement, 18.6 does not.
     text = _NAMED.sub(r"\1 ", text)
     return hashlib.sha256(f"{signature}\n{text}".encode()).hexdigest()[:16]
 

@@ -93,35 +93,32 @@ def test_a_client_that_stops_reading_an_answer_lets_the_model_go(beset):
         assert call.disconnected
 
 
-def test_streams_of_documents_are_limited_and_their_places_come_back(beset):
-    head = (
-        f"POST /documents/stream?tenant_id={TENANT} HTTP/1.1\r\nHost: localhost\r\n"
-        "Content-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n\n\n\r\n"
-    ).encode()
-    began = time.monotonic()
+async def test_streams_of_documents_are_limited_and_their_places_come_back(client, monkeypatch):
+    monkeypatch.setattr(body, "MOST_STREAMS", 2)
+    over = asyncio.Event()
 
-    def stream(stack, sent):
-        """Open one, waiting for a place: those of an earlier test's clients, too, come back a little after they left."""
-        while True:
-            with contextlib.ExitStack() as own:
-                each = own.enter_context(connect(beset.address))
-                each.sendall(sent)
-                if each.recv(100).startswith(b"HTTP/1.1 200 "):
-                    stack.enter_context(own.pop_all())
-                    return
-            assert time.monotonic() - began < PATIENCE
-            time.sleep(0.1)
+    async def held(arrived):
+        yield b"\n"
+        arrived.set()
+        await over.wait()
 
-    with contextlib.ExitStack() as stack:
-        for _ in range(body.MOST_STREAMS):
-            stream(stack, head)
-        with connect(beset.address) as another:
-            another.sendall(head)
-            answer = another.recv(65_536)
-        assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"retry-after: 5" in answer.lower()
-    with contextlib.ExitStack() as stack:
-        stream(stack, head + b"0\r\n\r\n")
+    async def stream(lines):
+        query = {"params": {"tenant_id": TENANT}, "headers": {"Content-Type": "application/x-ndjson"}}
+        return await client.post("/documents/stream", content=lines, **query)
+
+    opened = []
+    for _ in range(body.MOST_STREAMS):
+        arrived = asyncio.Event()
+        opened.append(asyncio.create_task(stream(held(arrived))))
+        await arrived.wait()
+    refused = await stream(b"\n")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    gone, last = opened
+    gone.cancel()
+    await asyncio.wait([gone])
+    assert (await stream(b"\n")).status_code == 200
+    over.set()
+    assert (await last).status_code == 200
 
 
 async def test_large_bodies_together_are_limited_and_small_ones_go_on(client, app, monkeypatch):

@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,10 @@ from app.tokens import VOCABULARY, WordCounts
 
 LOCAL_MAX_TOKENS = 254
 LOCAL_BATCH = 8
-LOCAL_BATCH_TOKENS = 512
+LOCAL_BATCH_TOKENS = 256
+"""Beyond it a batch is no faster, only larger and longer in the way of a query."""
+MOST_LANES = 16
+"""Batches the model works on at once, at most; each takes some 20 MB."""
 
 CLS, SEP = 101, 102  # their lines in the vocabulary
 WEIGHTS_SHA256 = "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6"
@@ -66,6 +70,25 @@ def open_embedder(settings: Settings, *, recorded: bool = False) -> Embedder:
     return OpenAIEmbedder(settings, recorded=recorded) if settings.uses_openai else LocalEmbedder()
 
 
+@dataclass
+class _Job:
+    """Distinct texts, their tokens, and the rows of vectors that are to be filled."""
+
+    threads: ThreadPoolExecutor
+    texts: list[str]
+    ids: list[list[int]]
+    vectors: Vectors
+    meter: Meter
+    done: Done | None
+    failure: BudgetSpent | None = None
+    known: set[int] = field(default_factory=set)
+
+
+def _cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LocalEmbedder:
     """all-MiniLM-L6-v2 in process: 384 dimensions, English, no server and no download.
 
@@ -99,12 +122,16 @@ class LocalEmbedder:
         self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._count = WordCounts(self._sizes)
         options = onnxruntime.SessionOptions()
-        # Threads that spin for work cost two fifths of the throughput where others (PostgreSQL) want the cores too.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A batch for each core, not every core for one batch: threads that share one wait for each other at every layer,
+        # longer still where others (PostgreSQL) want the cores too.
+        options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(weights, options, providers=["CPUExecutionProvider"])
-        # One batch at a time uses every core; first come, first served, so a query waits for a batch of each who came
-        # before it, not for a book. A thread of the model's own goes from one batch to the next without the event loop.
-        self._model = ThreadPoolExecutor(1, "model")
+        self.lanes = min(_cores(), MOST_LANES)
+        # Documents first come, first served; a query waits for none of them: the scheduler gives it its share of a core.
+        self._threads: dict[Kind, ThreadPoolExecutor] = {
+            "document": ThreadPoolExecutor(self.lanes, "documents"),
+            "query": ThreadPoolExecutor(self.lanes, "queries"),
+        }
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count exactly."""
@@ -117,47 +144,54 @@ class LocalEmbedder:
     async def embed_each(
         self,
         texts: Sequence[str],
-        kind: Kind,  # noqa: ARG002 - this model has no prefixes
+        kind: Kind,
         meter: Meter | None = None,
         done: Done | None = None,
     ) -> Attempt:
         """As in `Embedder`. Nothing but a limit of the meter leaves texts out."""
-        meter = meter or Meter()
         distinct = list(dict.fromkeys(texts))
         ids = await asyncio.to_thread(self._encode, distinct)
-        loop = asyncio.get_running_loop()
-        # Neighbours in length share a batch: padding costs a third of the throughput otherwise. Beyond 512 tokens a
-        # batch is no faster, only larger and longer in the way of a query.
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         vectors = np.full((len(ids), self.dimensions), np.nan, np.float32)
-        failure: BudgetSpent | None = None
-        known: set[int] = set()
-        for run in batches([len(ids[row]) for row in order], LOCAL_BATCH, LOCAL_BATCH_TOKENS):
-            batch = order[run.start : run.stop]
-            size = sum(len(ids[row]) - 2 for row in batch)
-            try:
-                reserved = meter.reserve(size)
-            except BudgetSpent as spent:
-                failure = spent
-                break
-            try:
-                vectors[batch] = await loop.run_in_executor(self._model, self._run, [ids[row] for row in batch])
-            except BaseException:
-                meter.settle(reserved)
-                raise
-            meter.settle(reserved, size, size)
-            meter.texts += len(batch)
-            known.update(batch)
-            if done is not None:
-                done([distinct[row] for row in batch], vectors[batch])
+        job = _Job(self._threads[kind], distinct, ids, vectors, meter or Meter(), done)
+        # Neighbours in length share a batch: padding costs a third of the throughput otherwise.
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        runs = batches([len(ids[row]) for row in order], LOCAL_BATCH, LOCAL_BATCH_TOKENS)
+        todo = iter([order[run.start : run.stop] for run in runs])
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self.lanes, len(runs))):
+                group.create_task(self._work(job, todo))
         rows = {text: row for row, text in enumerate(distinct)}
         faults: dict[int, PgrecallError] = {}
-        if failure is not None:
-            faults = {position: failure for position, text in enumerate(texts) if rows[text] not in known}
+        if job.failure is not None:
+            faults = {position: job.failure for position, text in enumerate(texts) if rows[text] not in job.known}
         return Attempt(vectors[[rows[text] for text in texts]], faults)
 
     async def aclose(self) -> None:
-        """Nothing is open; the model's thread ends with this object."""
+        """Nothing is open; the model's threads end with this object."""
+
+    async def _work(self, job: _Job, todo: Iterator[list[int]]) -> None:
+        """Embed one batch after the other, until none is left or the budget is spent."""
+        loop = asyncio.get_running_loop()
+        for batch in todo:
+            if job.failure is not None:
+                return
+            size = sum(len(job.ids[row]) - 2 for row in batch)
+            try:
+                reserved = job.meter.reserve(size)
+            except BudgetSpent as spent:
+                job.failure = spent
+                return
+            try:
+                work = loop.run_in_executor(job.threads, self._run, [job.ids[row] for row in batch])
+                job.vectors[batch] = await work
+            except BaseException:
+                job.meter.settle(reserved)
+                raise
+            job.meter.settle(reserved, size, size)
+            job.meter.texts += len(batch)
+            job.known.update(batch)
+            if job.done is not None:
+                job.done([job.texts[row] for row in batch], job.vectors[batch])
 
     def _sizes(self, texts: list[str]) -> list[int]:
         return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

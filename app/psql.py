@@ -48,7 +48,8 @@ def open_psql(arguments: Namespace, config: Settings) -> int:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             command = [program, f"--dbname={place}", *options, *arguments.options]
-            return subprocess.run(command, env=environment, check=False).returncode  # noqa: S603
+            # What the shell opened is for psql to read, as in `-f <(echo …)`; Python's own files are closed without that.
+            return subprocess.run(command, env=environment, check=False, close_fds=False).returncode  # noqa: S603
         finally:
             signal.signal(signal.SIGINT, before)
 

@@ -254,13 +254,34 @@ def isolation(rows: Sequence[Row]) -> Iterator[str]:
     )
 
 
+def analysts(rows: Sequence[Row]) -> Iterator[str]:
+    """Each function and what stands beside it."""
+    times = ("median_ms", "p95_ms")
+    yield table(
+        ["tenant, what is asked", "function ms", "p95", "beside it", "ms", "p95", "medians", "same rows", "scan"],
+        [
+            [
+                row["cell"],
+                *(f"{row['function'][name]:.2f}" for name in times),
+                row["against"],
+                *(f"{row['beside'][name]:.2f}" for name in times),
+                f"{row['ratio']:.2f}",
+                f"{row['same']} of {row['rounds']}",
+                row["scan"],
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _spread(ratios: Sequence[float]) -> str:
     middle = sorted(ratios)[len(ratios) // 2]
     return f"{middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 TABLES: dict[str, Callable[[Any], Iterator[str]]] = {
-    each.__name__: each for each in (searches, peers, http, batch, fusion, growth, quantisation, ingest, isolation)
+    each.__name__: each
+    for each in (searches, peers, http, batch, fusion, growth, quantisation, ingest, isolation, analysts)
 }
 
 

@@ -32,7 +32,7 @@ def stored(data_dir, tmp_path_factory):
             assert main(["ingest", str(path), "--tenant", tenant]) == 0
 
 
-def printed(data_dir, *arguments):
+def printed(data_dir, *arguments, files=()):
     """What the command prints that psql prints: it writes past what pytest captures of this process."""
     done = subprocess.run(
         [sys.executable, "-m", "app", "sql", *arguments],
@@ -41,6 +41,7 @@ def printed(data_dir, *arguments):
         text=True,
         check=False,
         timeout=PATIENCE,
+        pass_fds=files,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -64,6 +65,14 @@ def test_sql_hands_what_stands_behind_two_dashes_to_psql(run, data_dir, stored):
     status, _, err = run("sql", "select")
     assert status == 2
     assert "'select' is no option; allowed: psql's options after --" in err
+
+
+def test_a_file_may_be_what_the_shell_opened_for_the_command(run, data_dir, stored):
+    reading, writing = os.pipe()
+    os.write(writing, b"select 6 * 7")
+    os.close(writing)
+    with os.fdopen(reading):  # as `-f <(echo …)` hands it over
+        assert printed(data_dir, "-f", f"/dev/fd/{reading}", "--", "-qAt", files=(reading,)) == (0, "42\n", "")
 
 
 def test_sql_tells_a_person_where_to_begin_and_a_program_nothing(run, data_dir, stored, monkeypatch, tmp_path):

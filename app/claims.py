@@ -66,27 +66,24 @@ select :tenant_id, :model, :dimensions, 'document', kept.digest, kept.embedding
 """
 """Vectors that have been computed."""
 
-# Both lock in the order of the key, as CLAIM does: two calls with the same texts must not wait for each other in a circle.
-RENEW = """
-update embedding_claims claim set expires_at = clock_timestamp() + make_interval(secs => :lease)
-  from (select content_sha256 from embedding_claims
-         where tenant_id = :tenant_id and model = :model and dimensions = :dimensions and input_type = 'document'
-           and content_sha256 = any (cast(:digests as bytea[])) and holder = :holder
-         order by content_sha256 for update) mine
- where claim.tenant_id = :tenant_id and claim.model = :model and claim.dimensions = :dimensions
-   and claim.input_type = 'document' and claim.content_sha256 = mine.content_sha256
+_MINE = """
+{change}
+ where tenant_id = :tenant_id and model = :model and dimensions = :dimensions and input_type = 'document'
+   and content_sha256 = any (array(
+       select content_sha256 from embedding_claims
+        where tenant_id = :tenant_id and model = :model and dimensions = :dimensions and input_type = 'document'
+          and content_sha256 = any (cast(:digests as bytea[])) and holder = :holder
+        order by content_sha256 for update))
 """
+# The array is made once, and locks in the order of the key, as CLAIM does: two calls with the same texts must not wait for
+# each other in a circle. A join would lock all of them again for each.
+
+RENEW = _MINE.format(
+    change="update embedding_claims set expires_at = clock_timestamp() + make_interval(secs => :lease)"
+)
 """More time for claims of one call."""
 
-RELEASE = """
-delete from embedding_claims claim
- using (select content_sha256 from embedding_claims
-         where tenant_id = :tenant_id and model = :model and dimensions = :dimensions and input_type = 'document'
-           and content_sha256 = any (cast(:digests as bytea[])) and holder = :holder
-         order by content_sha256 for update) mine
- where claim.tenant_id = :tenant_id and claim.model = :model and claim.dimensions = :dimensions
-   and claim.input_type = 'document' and claim.content_sha256 = mine.content_sha256
-"""
+RELEASE = _MINE.format(change="delete from embedding_claims")
 """The end of claims of one call."""
 
 

@@ -58,9 +58,11 @@ delete from embedding_cache c using free f
 """What was computed longer ago than `seconds`."""
 
 ABANDONED = """
-delete from embedding_claims c using (
+with free as (
     select model, dimensions, input_type, content_sha256 from embedding_claims
-     where tenant_id = :tenant_id and expires_at < now() - interval '1 hour' limit :at_once for update skip locked) f
+     where tenant_id = :tenant_id and expires_at < now() - interval '1 hour' limit :at_once for update skip locked
+)
+delete from embedding_claims c using free f
  where c.tenant_id = :tenant_id and c.model = f.model and c.dimensions = f.dimensions and c.input_type = f.input_type
    and c.content_sha256 = f.content_sha256
 """

@@ -1,11 +1,13 @@
 """Looking for pending documents, claiming and listing them reads the index of what is not ready, whatever else there is."""
 
 import json
+import uuid
 
 import psycopg
 import pytest
+from sqlalchemy import text
 
-from app import documents, pending, roles
+from app import claims, documents, pending, roles
 from app.conditions import Conditions
 from app.local import OWNER, SERVICE
 from app.statements import rendered
@@ -73,3 +75,22 @@ def test_documents_that_were_not_made_ready_are_listed_by_their_index(cluster, c
     found = plan(cluster, corpus, roles.APP, sql, constants | {"tenant_id": "t7", "after": "p2", "page": 10})
     (looked,) = [n for n in found if "Index Name" in n]
     assert (looked["Index Name"], looked["Actual Rows"]) == ("sources_state_idx", 10)
+
+
+@pytest.mark.parametrize("statement", [claims.RENEW, claims.RELEASE], ids=["renew", "release"])
+def test_claims_are_locked_once_however_many_there_are(cluster, corpus, statement):
+    holder, digests = uuid.uuid4(), [bytes([n]) * 32 for n in range(200)]
+    with psycopg.connect(cluster.url(corpus, OWNER), autocommit=True) as owner:
+        owner.execute("delete from embedding_claims")
+        owner.execute(
+            "insert into embedding_claims select 't7', 'm', 384, 'document', d, %s, now() + interval '1 hour' "
+            "from unnest(%s::bytea[]) d",
+            (holder, digests),
+        )
+    values = {"tenant_id": "t7", "model": "m", "dimensions": 384, "holder": holder, "digests": digests, "lease": 60}
+    sql, constants = rendered(text(statement))
+    found = plan(cluster, corpus, roles.APP, sql, constants | values)
+    (locked,) = [n for n in found if n["Node Type"] == "LockRows"]
+    assert (locked["Actual Rows"], locked["Actual Loops"]) == (len(digests), 1)
+    looked = [n for n in found if n.get("Index Name") == "embedding_claims_pkey"]
+    assert [(n["Actual Rows"], n["Actual Loops"]) for n in looked] == [(len(digests), 1)] * 2

@@ -18,7 +18,7 @@ from litestar.static_files import create_static_files_router
 
 from app import __version__, chat, embedding, rerank, spaces, telemetry, worker
 from app import settings as environment
-from app.api import admin, documents, erasure, guard, health, parameters, problems, queue, rag, search, stream
+from app.api import admin, documents, erasure, guard, health, parameters, problems, queue, rag, schemas, search, stream
 from app.api.body import BodyGuard, StrictRequest
 from app.api.methods import Heads
 from app.api.paths import RawIds
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
         ],
         dependencies={"service": Provide(_service, sync_to_thread=False)},
         lifespan=[partial(_opened, settings=settings)],
-        plugins=[problems.plugin],
+        plugins=[problems.plugin, schemas.Objects()],
         middleware=[guard.KeyGuard(), BodyGuard(settings.body_timeout)],
         before_send=[guard.tell_limit],
         request_class=StrictRequest,

@@ -21,6 +21,7 @@ MAX_DOC_TYPE_BYTES = 128
 MAX_TITLE_BYTES = 1_000
 MAX_ID_BYTES = 512
 SHORTEST, LONGEST = 1e-9, 1e9
+LENGTHS = f"its length (norm) {SHORTEST:g} to {LONGEST:g}"
 # A year from either end of what Python holds: no time zone moves such a moment out of it.
 EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
 LATEST = datetime(9999, 1, 1, tzinfo=UTC)

@@ -71,7 +71,7 @@ async def _erase(arguments: Namespace, config: Settings) -> Erased:
 
 def confirm(tenant_id: str, count: int) -> None:
     """Raise BadInput unless somebody types the tenant's name."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise BadInput(
             "--yes", f"is missing: {terminal.counted(count, 'document')} of tenant {tenant_id} would be erased for good"
         )
@@ -79,5 +79,5 @@ def confirm(tenant_id: str, count: int) -> None:
         f"{terminal.counted(count, 'document')} of tenant {tenant_id} and all that came of them will be gone for good."
     )
     terminal.say("Type the tenant's name to erase:")
-    if input().strip() != tenant_id:
+    if sys.stdin.readline().strip() != tenant_id:  # input() would raise where Ctrl-D is pressed
         raise BadInput("--tenant", "that was another name; nothing was erased")

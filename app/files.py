@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,8 @@ def check(given: Sequence[Path], reading: Reading) -> None:
     """Raise BadInput for a path that does not exist or is a file of another kind."""
     for path in given:
         if path == STDIN:
+            if sys.stdin is None:  # its number may be that of something else by now
+                raise BadInput("-", "standard input is closed")
             if reading.format is None:
                 raise BadInput("-", f"standard input needs --format; allowed: {', '.join(formats.FORMATS)}")
             if reading.format not in formats.RECORDS and not reading.prefix:

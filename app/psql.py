@@ -41,7 +41,7 @@ def open_psql(arguments: Namespace, config: Settings) -> int:
             return 0
         options = [f"--command={each}" for each in arguments.command or ()]
         options += [f"--file={each}" for each in arguments.file or ()]
-        if not options and not arguments.options and sys.stdin.isatty():
+        if not options and not arguments.options and sys.stdin is not None and sys.stdin.isatty():
             terminal.say(_WELCOME)
         place, environment = _hidden(url)
         # psql takes Ctrl-C for the statement that is running; this process is to outlive that.

@@ -35,6 +35,11 @@ REVISION = Statement("schema revision", "select version_num from pgrecall_revisi
 """Which revision the database is at."""
 
 
+_AS_OWNER = (
+    "Migrations are for the owner of the tables, who may create in their schema: PGRECALL_MIGRATION_URL is that login's"
+)
+
+
 class Readiness(NamedTuple):
     """What a database has: its revision and the model whose vectors it holds. `replica`: None without one."""
 
@@ -111,7 +116,14 @@ def pending(settings: Settings) -> Pending:
 def _recorded(settings: Settings) -> str | None:
     with migration_url(settings) as url, connect(url) as connection:
         begun = connection.execute("select to_regclass('pgrecall_revision') is not null").fetchone()
-        row = connection.execute("select version_num from pgrecall_revision").fetchone() if begun and begun[0] else None
+        try:
+            row = (
+                connection.execute("select version_num from pgrecall_revision").fetchone()
+                if begun and begun[0]
+                else None
+            )
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise SetupError(f"{error.diag.message_primary}. {_AS_OWNER}") from error
     found: str | None = row[0] if row else None
     return found
 
@@ -155,8 +167,11 @@ def migrate(settings: Settings, revision: str = "head", *, quiet: bool = False) 
             "this step is changed but what it builds beside others; run it again"
         ) from error
     except psycopg.Error as error:
-        hint = f". {error.diag.message_hint}" if error.diag.message_hint else ""
-        raise SetupError(f"migration failed: {error.diag.message_primary or error}{hint}") from error
+        denied = isinstance(error, psycopg.errors.InsufficientPrivilege)
+        hint = error.diag.message_hint or (_AS_OWNER if denied else None)
+        raise SetupError(
+            f"migration failed: {error.diag.message_primary or error}" + (f". {hint}" if hint else "")
+        ) from error
 
 
 def recorded_model(connection: Connection) -> Model | None:

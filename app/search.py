@@ -37,7 +37,7 @@ MAX_OVERSAMPLING = 100
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One chunk found, ranked by `rank_score`. `start_offset` counts characters in the document.
+    """One chunk found. `chunk_index` counts from 0, `start_offset` characters in the document.
 
     `similarity` is cosine similarity in [-1, 1], None where words were searched without a vector; `text_score` is BM25,
     above 0, None where the words were not searched, give this chunk nothing or, by `rrf`, did not find it. `score` is the similarity in the mode

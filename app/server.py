@@ -23,7 +23,7 @@ import uvicorn
 from litestar import Litestar
 
 from app import settings as environment
-from app import telemetry
+from app import stopping, telemetry
 from app.api.front import Front, hosts
 from app.api.head import KEEP_ALIVE, MOST_CONNECTIONS, OTHER_FILES, HeadLimits
 from app.errors import SetupError
@@ -47,7 +47,7 @@ def serve(
     settings: Settings,
     on_started: Callable[[str], None] | None = None,
 ) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status: 0, 1 when the lifespan hung, 130 when interrupted early.
+    """Serve until SIGINT, SIGTERM or SIGHUP; returns the exit status: 0, 1 when the lifespan hung, 130 when interrupted early.
 
     `target` is `module:function`, a factory without arguments that returns the Litestar application and reads its
     settings from the environment; every worker calls it. Port 0 takes a free one. `on_started` gets the address
@@ -147,7 +147,7 @@ def _most_connections() -> int:
 
 @contextmanager
 def _signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in stopping.signals()}
     try:
         yield
     finally:

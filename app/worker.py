@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 import psycopg
 
-from app import jobs, pending, pruning, roundtrip, schema, spaces
+from app import jobs, pending, pruning, roundtrip, schema, spaces, stopping
 from app.database import Database, translated
 from app.embedding import Embedder
 from app.errors import BeingErased, DatabaseUnavailable, PgrecallError, SchemaTooOld, TimedOut, Unavailable
@@ -50,7 +50,6 @@ SETTLE = 0.25
 """Seconds after which a woken worker looks again: puts close to the one that woke it did not ring."""
 
 REPORT_EVERY = 60.0
-STOPPING = (signal.SIGTERM, signal.SIGINT)
 LISTEN = f"listen {pending.CHANNEL}"
 """To be woken by asynchronous puts, on a connection of its own."""
 
@@ -326,20 +325,20 @@ async def serve(
     only: frozenset[str] = frozenset(),
     once: bool = False,
 ) -> Counts:
-    """Work until SIGTERM or Ctrl-C, or with `once` until nothing is due. What was done."""
+    """Work until SIGTERM, SIGHUP or Ctrl-C, or with `once` until nothing is due. What was done."""
     worker = Worker(database, embedder, settings, only, once)
     running = asyncio.create_task(worker.run())
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        for number in STOPPING:
+        for number in former:
             # A second Ctrl-C would break off the giving back; it is nearly over in any case.
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
         running.cancel()
 
-    former = {number: signal.getsignal(number) for number in STOPPING}
-    for number in STOPPING:
+    former = {number: signal.getsignal(number) for number in stopping.signals()}
+    for number in former:
         loop.add_signal_handler(number, stop)
     try:
         await running

@@ -1,5 +1,7 @@
 """How Alembic reaches the database: with the settings of `pgrecall`, bounded waits and one migrator at a time."""
 
+import os
+import sys
 import time
 
 from alembic import context
@@ -130,7 +132,11 @@ def run() -> None:
         options = settings.read()
         telemetry.set_up(options)
     if context.is_offline_mode():
-        offline(options)
+        try:
+            offline(options)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed once more at the end
+            raise SystemExit(1) from None  # a pager was left before the end
         return
     with schema.migration_url(options) as url, database.sync_engine(url).connect() as connection:
         online(connection, options)

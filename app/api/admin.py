@@ -20,8 +20,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from app import erasure, keys, registry, tenants
 from app.api import guard, operations, problems
 from app.api.erasure import Erasure, TenantPath, example, told
+from app.api.fields import SOME, TenantId
 from app.api.parameters import MAX_PAGE, After, Limit
-from app.api.search import TenantId
 from app.api.service import Service
 from app.drafts import check_range, check_text
 from app.errors import NotRegistered
@@ -56,7 +56,10 @@ class PutTenant(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=
 
 
 class TenantShown(Struct, kw_only=True):
-    """A tenant, its limits (null: none) and what counts towards them. `created_at` null: in use, not registered."""
+    """A tenant, its limits (null: none) and what counts towards them.
+
+    `created_at` null: in use, not registered. `tokens_today` are counted while there is a limit of them.
+    """
 
     tenant_id: str
     created_at: datetime | None
@@ -84,7 +87,13 @@ class Deletion(Struct):
 class CreateKey(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A key to make."""
 
-    scopes: list[Literal["read", "write", "admin"]]
+    scopes: Annotated[
+        list[Literal["read", "write", "admin"]],
+        Meta(
+            description="What it may do: one or more, none twice; read and write are a tenant's.",
+            extra_json_schema={"extra": {"minItems": 1, "uniqueItems": True}},
+        ),
+    ]
     tenant_id: Annotated[
         str | None,
         Meta(
@@ -92,18 +101,34 @@ class CreateKey(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=
             extra_json_schema={"extra": {"pattern": tenants.PATTERN}},
         ),
     ] = None
-    name: Annotated[str | None, Meta(description="What it is for, up to 200 bytes.")] = None
-    expires_at: Annotated[datetime | None, Meta(description="With time zone; null for never.")] = None
+    name: Annotated[
+        str | None,
+        Meta(description=f"What it is for, 1 to {registry.MAX_NAME_BYTES} bytes in UTF-8.", extra_json_schema=SOME),
+    ] = None
+    expires_at: Annotated[
+        datetime | None, Meta(description="With time zone, within the next hundred years; null for never.")
+    ] = None
     requests_per_minute: Annotated[
-        int | None, Meta(extra_json_schema={"extra": {"minimum": 1, "maximum": registry.MAX_LIMIT}})
+        int | None,
+        Meta(
+            description="In each minute of the clock; null for any number.",
+            extra_json_schema={"extra": {"minimum": 1, "maximum": registry.MAX_LIMIT}},
+        ),
     ] = None
     concurrent_streams: Annotated[
-        int | None, Meta(extra_json_schema={"extra": {"minimum": 0, "maximum": registry.MAX_LIMIT}})
+        int | None,
+        Meta(
+            description="Streams under way at once (/documents/stream, and /rag with `stream`); null for any number.",
+            extra_json_schema={"extra": {"minimum": 0, "maximum": registry.MAX_LIMIT}},
+        ),
     ] = None
 
 
 class KeyShown(Struct, kw_only=True):
-    """A key without what is secret of it. Null stands for never, no limit, every tenant."""
+    """A key without what is secret of it. Null stands for never, no limit, every tenant.
+
+    `prefix` names it. `last_used_at` is known to about a minute.
+    """
 
     prefix: str
     name: str | None

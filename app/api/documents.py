@@ -16,10 +16,11 @@ from msgspec import Meta, Struct
 from app import documents, erasure, tenants, upsert
 from app.api import guard, operations, problems
 from app.api.erasure import Erasure, example, told
+from app.api.fields import Content, CreatedAt, Embedding, EmbeddingModel, Id, Labels, TenantId, Title, Type
 from app.api.parameters import MAX_PAGE, After, Limit
 from app.api.paths import decoded
 from app.api.preconditions import Precondition, quoted
-from app.api.search import TenantId, conditions
+from app.api.search import conditions
 from app.api.service import Service
 from app.documents import Document
 from app.drafts import MAX_ID_BYTES, Draft, check_range, check_text
@@ -27,27 +28,13 @@ from app.errors import BadInput
 from app.keys import Caller
 from app.meter import Meter
 from app.outcomes import Outcome
+from app.plans import MAX_BATCH
 from app.tags import tag
 
 MAX_BATCH_BODY = 64_000_000
 BYTES_A_TOKEN = 4
 """Of text that is embedded later, for a limit of tokens; of English text about right."""
 
-Content = Annotated[str, Meta(description="The text, up to 10 MB; up to 32 kB with an embedding of its own.")]
-Type = Annotated[str | None, Meta(description="A label to filter by, up to 128 bytes.")]
-Title = Annotated[str | None, Meta(description="Shown with the document; not embedded.")]
-Labels = Annotated[dict[str, Any], Meta(description="JSON to filter by: up to 64 kB, 8 levels deep.")]
-CreatedAt = Annotated[datetime | None, Meta(description="With time zone. Left out: now, or what it was.")]
-Embedding = Annotated[
-    list[float] | None, Meta(description="A vector of the database's model; the text is then one chunk.")
-]
-EmbeddingModel = Annotated[
-    str | None,
-    Meta(
-        description="Name of the model `embedding` is of; refused unless it is the one that is searched. While the model "
-        "is being changed, the other one's, for a document that is stored with this text and a vector of its own."
-    ),
-]
 IfMatch = Annotated[
     str | None,
     HeaderParameter(
@@ -82,7 +69,7 @@ class PutDocument(Struct, forbid_unknown_fields=True, kw_only=True, omit_default
 class Item(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """One document of a batch."""
 
-    id: str
+    id: Id
     content: Content
     title: Title = None
     doc_type: Type = None
@@ -96,7 +83,7 @@ class PutDocuments(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaul
     """Up to 1,000 documents, written all or none."""
 
     tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
-    documents: list[Item]
+    documents: Annotated[list[Item], Meta(description=f"1 to {MAX_BATCH:,}, no id twice.")]
 
 
 Wait = Annotated[
@@ -143,7 +130,8 @@ class ChunkPlace(Struct):
 class DocumentSummary(Struct, kw_only=True):
     """A document without its text.
 
-    `state`: `ready`, `pending` (waits for a worker; `error` is why the last try failed) or `failed` (given up, `error` says
+    `version` counts from 1. `embedding_origin`: `caller` where the document brought its vector, else `pgrecall`;
+    `embedding_model` is null until there is one. `state`: `ready`, `pending` (waits for a worker; `error` is why the last try failed) or `failed` (given up, `error` says
     why). `chunk_count` counts the chunks that can be searched, of the text before until it is ready.
     """
 

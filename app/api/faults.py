@@ -148,7 +148,8 @@ def _named(message: str, kind: Any, name: str) -> BadInput:
     if not path:
         return BadInput("", f"the {name} {worded(said)}")
     if (value := _VALUE.fullmatch(said)) and (allowed := [repr(each) for one in types for each in _values(one)]):
-        return BadInput(path, f"is {value[1][:80]}; allowed: {', '.join(allowed)}")
+        others = [_WORDS["bool"]] if any(isinstance(one, inspect.BoolType) for one in types) else []
+        return BadInput(path, f"is {value[1][:80]}; allowed: {', '.join(allowed + others)}")
     return BadInput(path, worded(said, "".join(map(_limits, types))))
 
 

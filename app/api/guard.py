@@ -20,7 +20,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import ASGIApp, Message, Receive, Send
 from litestar.types import Scope as Connection
 
-from app.api import parameters
+from app.api import operations, parameters
 from app.api.service import Service
 from app.errors import BadInput, LimitReached, NotAllowed, NotAuthenticated
 from app.keys import Caller, Scope, token_of
@@ -40,7 +40,8 @@ COMPONENTS = Components(
             bearer_format="pgr_…",
             description="A key made with `pgrecall key create`. While the database has none, none is asked for (docs/keys.md).",
         )
-    }
+    },
+    headers={**operations.HEADERS},
 )
 
 MINUTE = 60

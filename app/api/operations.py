@@ -39,6 +39,16 @@ name for each piece, `{"token": …}`; then `usage`, with `model`, `usage`, `cit
 `detail`, where the answer ends unfinished; and `data: [DONE]` last."""
 
 
+REQUEST_ID = "X-Request-ID"
+HEADERS = {
+    REQUEST_ID: OpenAPIHeader(
+        description="The request's own, or a new one. It stands in the log.", schema=Schema(type=OpenAPIType.STRING)
+    )
+}
+"""Of the document's components."""
+BEFORE_THE_APPLICATION = {"421", "431"}
+"""Answers of the server, which have no id."""
+
 _POLICY = 'With a key that has a limit: q requests in each w seconds, such as "requests";q=600;w=60.'
 _REACHED = (
     'Where it is the limit of requests that is reached: none are left for t seconds, such as "requests";r=0;t=17.'
@@ -57,7 +67,7 @@ def _without_null(schema: Schema) -> None:
 
 @dataclass
 class Described(Operation):
-    """A route of ours: 503 may come with Retry-After. A parameter that may be left out is not null: none can be sent."""
+    """A route of ours, with the headers of its answers. A parameter that may be left out is not null: none can be sent."""
 
     def __post_init__(self) -> None:
         for parameter in self.parameters or ():
@@ -65,11 +75,18 @@ class Described(Operation):
             if isinstance(schema, Schema):
                 _without_null(schema)
         self._add("503", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again, where known.")
-        self._add("429", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again.")
+        for status in ("429", "507"):
+            self._add(status, "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again.")
         self._add("401", "WWW-Authenticate", OpenAPIType.STRING, "Bearer: a key is asked for.")
         self._add("429", "RateLimit", OpenAPIType.STRING, _REACHED)
         for status in ("200", "201", "202", "429"):
             self._add(status, "RateLimit-Policy", OpenAPIType.STRING, _POLICY)
+        for status in (self.responses or {}).keys() - BEFORE_THE_APPLICATION:
+            if response := self._response(status):
+                response.headers = {
+                    **(response.headers or {}),
+                    REQUEST_ID: Reference(f"#/components/headers/{REQUEST_ID}"),
+                }
         for parameter in self.parameters or ():
             if isinstance(parameter, Parameter) and (parameter.name, parameter.param_in) == ("tenant_id", "query"):
                 parameter.required = False
@@ -91,7 +108,7 @@ class Tagged(Described):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for status in ("200", "201", "304"):
+        for status in ("200", "201", "202", "304"):
             self._add(status, "ETag", OpenAPIType.STRING, "Of the stored document, for If-Match and If-None-Match.")
 
 

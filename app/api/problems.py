@@ -2,9 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from litestar.exceptions import HTTPException
@@ -12,7 +12,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
 from litestar.types import Send
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from app import errors, keys
 from app.api import faults
@@ -51,6 +51,10 @@ def _type(name: str) -> str:
     return "urn:pgrecall:problem:" + "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
 
 
+def _status(error: type[errors.PgrecallError]) -> HTTPStatus:
+    return next(STATUS[kind] for kind in error.__mro__ if kind in STATUS)
+
+
 def _ours(error: errors.PgrecallError) -> ProblemDetailsException:
     if isinstance(error, errors.BadInput):
         return _refused([error])
@@ -76,7 +80,7 @@ def _problem(
     error: errors.PgrecallError, detail: str, headers: dict[str, str] | None, extra: dict[str, Any] | None = None
 ) -> ProblemDetailsException:
     return ProblemDetailsException(
-        status_code=next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS),
+        status_code=_status(type(error)),
         type_=_type(type(error).__name__),
         title=(type(error).__doc__ or "").split("\n", 1)[0].rstrip("."),
         detail=detail,
@@ -91,8 +95,14 @@ def _frameworks(error: HTTPException) -> ProblemDetailsException:
     if error.status_code == HTTPStatus.BAD_REQUEST:
         return _refused(_found(error))
     status = HTTPStatus(error.status_code)
+    detail = error.detail
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = sorted((error.headers or {}).get("allow", "GET").split(", "))
+        detail = f"this path does not take this method; allowed: {', '.join(allowed)}"
+    elif detail == HTTPStatus.NOT_FOUND.phrase:
+        detail = "there is no such path; /docs lists all"
     return ProblemDetailsException(
-        status_code=status, type_=_phrase(status), title=status.phrase, detail=error.detail, headers=error.headers
+        status_code=status, type_=_phrase(status), title=status.phrase, detail=detail, headers=error.headers
     )
 
 
@@ -151,8 +161,35 @@ def _unexpected(error: Exception) -> ProblemDetailsException:
     return ProblemDetailsException(status_code=status, type_=_phrase(status), title=status.phrase, detail=_IN_THE_LOG)
 
 
+def _kinds(error: type[errors.PgrecallError] = errors.PgrecallError) -> Iterator[type[errors.PgrecallError]]:
+    yield error
+    for each in error.__subclasses__():
+        if each.__module__ == errors.__name__:  # those of commands do not answer requests
+            yield from _kinds(each)
+
+
+TYPES: Mapping[str, HTTPStatus] = {_type(kind.__name__): _status(kind) for kind in _kinds()} | {
+    _phrase(status): status
+    for status in (
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        HTTPStatus.MISDIRECTED_REQUEST,
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
+}
+"""Every problem there is, and its status."""
+
+
 class Fault(Struct):
-    """`field` is the path of a value, such as documents[3].content, a parameter or a header; empty for the whole body."""
+    """What is wrong and what is allowed.
+
+    `field` is the path of a value, such as documents[3].content, a parameter or a header; empty for the whole body.
+    """
 
     field: str
     fault: str
@@ -161,7 +198,13 @@ class Fault(Struct):
 class Problem(Struct, omit_defaults=True):
     """RFC 9457. Where the request is at fault `faults` holds what was found, and `field` is the first one's."""
 
-    type: str
+    type: Annotated[
+        str,
+        Meta(
+            description="A later release may know more than "
+            + ", ".join(f"{urn} ({status.value})" for urn, status in sorted(TYPES.items(), key=lambda each: each[1]))
+        ),
+    ]
     title: str
     status: int
     detail: str

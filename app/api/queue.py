@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from app import pending, tenants
 from app.api import guard, operations, problems
 from app.api.documents import TenantQuery
-from app.api.search import TenantId
+from app.api.fields import TenantId
 from app.api.service import Service
 from app.drafts import MAX_ID_BYTES, check_text
 from app.errors import BadInput
@@ -24,6 +24,7 @@ from app.plans import MAX_BATCH
 class Status(Struct, kw_only=True):
     """How much a tenant has and how much of it waits.
 
+    `pending` documents wait to be embedded, `failed` ones were given up; `ready_last_minute` and `ready_last_hour` became ready.
     `oldest_pending_seconds`: how long the document that waits longest has been waiting, null where none waits.
     """
 
@@ -41,8 +42,8 @@ class Retry(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
     """Which documents that were given up are to be tried again: these, or all."""
 
     tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
-    ids: Annotated[list[str] | None, Meta(description=f"1 to {MAX_BATCH:,} ids.")] = None
-    all: Annotated[bool, Meta(description="Every one of the tenant.")] = False
+    ids: Annotated[list[str] | None, Meta(description=f"1 to {MAX_BATCH:,} ids; exactly one of this and `all`.")] = None
+    all: Annotated[bool, Meta(description="true: every one of the tenant.")] = False
 
 
 class Retried(Struct):

@@ -21,10 +21,11 @@ from msgspec import Meta, Struct
 
 from app import questions, rag, search, spaces, tenants, text
 from app.api import guard, operations, problems
-from app.api.search import FOUND, After, Before, DocType, Metadata, Rerank, TenantId, Threshold, TopK, asked, stage
+from app.api.fields import After, Before, DocType, Metadata, TenantId, Threshold, TopK
+from app.api.search import FOUND, Rerank, asked, stage
 from app.api.service import Service
 from app.chat import Usage
-from app.drafts import check_text
+from app.drafts import MAX_QUERY_BYTES, check_text
 from app.embedding import Embedder
 from app.model import Model
 from app.rag import Done, Event, Failed, Given, Source, Token, Used
@@ -38,10 +39,17 @@ class RagRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults
     """A question, and what may be used to answer it."""
 
     tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
-    question: str
-    system_prompt: Annotated[str | None, Meta(description="Replaces the default instructions to the chat model.")] = (
-        None
-    )
+    question: Annotated[
+        str,
+        Meta(description=f"1 to {MAX_QUERY_BYTES:,} bytes in UTF-8.", extra_json_schema={"extra": {"minLength": 1}}),
+    ]
+    system_prompt: Annotated[
+        str | None,
+        Meta(
+            description=f"Replaces the default instructions to the chat model: 1 to {MAX_PROMPT_BYTES:,} bytes in UTF-8.",
+            extra_json_schema={"extra": {"minLength": 1}},
+        ),
+    ] = None
     stream: Annotated[bool, Meta(description="Answer with server-sent events.")] = False
     mode: Annotated[search.Mode, Meta(description="How the sources are searched, as in /search.")] = "vector"
     rerank: Rerank = False
@@ -88,7 +96,11 @@ _ANSWER = RagResponse(
     status_code=200,
     operation_class=operations.Streamed,
     responses=problems.documented(*problems.BODY, HTTPStatus.BAD_GATEWAY)
-    | {200: ResponseSpec(RagResponse, description="The answer", examples=[Example("answer", value=_ANSWER)])},
+    | {
+        200: ResponseSpec(
+            RagResponse, description="The answer", generate_examples=False, examples=[Example("answer", value=_ANSWER)]
+        )
+    },
 )
 async def answer_question(
     request: Request[Any, Any, Any],

@@ -19,6 +19,20 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from app import explanation, filters, questions, rerank, scans, search, spaces, tenants
 from app.api import guard, operations, problems
+from app.api.fields import (
+    After,
+    Before,
+    DocType,
+    EfSearch,
+    Metadata,
+    Oversampling,
+    Query,
+    QueryEmbedding,
+    TenantId,
+    Threshold,
+    TopK,
+    Weight,
+)
 from app.api.service import Service
 from app.conditions import Conditions
 from app.drafts import MAX_DOC_TYPES, MAX_QUERY_BYTES, check_model, check_moment, check_range, check_text, check_vector
@@ -33,59 +47,6 @@ from app.search import Hit, Options, Scan
 MAX_SEARCHES = 100
 AT_ONCE = 4
 """Searches of a batch under way at the same time, each on a connection of its own."""
-
-TenantId = Annotated[
-    str,
-    Meta(
-        description="Whose documents: 1 to 128 letters, digits, '_', '.', ':' or '-'. May be left out with a key, which names it.",
-        extra_json_schema={"extra": {"pattern": tenants.PATTERN}},
-    ),
-]
-# Ranges are checked in `asked`, whose message names both ends; msgspec's names the one that was passed. What stands in
-# `extra` is for the OpenAPI document, and for the message about another type.
-TopK = Annotated[
-    int,
-    Meta(
-        description="At most this many chunks.",
-        extra_json_schema={"extra": {"minimum": 1, "maximum": search.MAX_TOP_K}},
-    ),
-]
-Threshold = Annotated[
-    float,
-    Meta(
-        description="Least cosine similarity, in [-1, 1].", extra_json_schema={"extra": {"minimum": -1, "maximum": 1}}
-    ),
-]
-DocType = Annotated[
-    str | list[str] | None, Meta(description="This type, or one of these; an empty list matches nothing.")
-]
-Metadata = Annotated[
-    dict[str, Any],
-    Meta(description="Conditions on metadata: equality, $in, $ne, $gt, $gte, $lt, $lte, $exists, $and, $or, $not."),
-]
-After = Annotated[datetime | None, Meta(description="created_at at or after this moment (with time zone).")]
-Before = Annotated[datetime | None, Meta(description="created_at before this moment (with time zone).")]
-
-
-EfSearch = Annotated[
-    int | None,
-    Meta(
-        description="Breadth of the index walk; more finds more and takes longer. The server's setting where left out.",
-        extra_json_schema={"extra": {"minimum": 10, "maximum": scans.MAX_EF_SEARCH}},
-    ),
-]
-Oversampling = Annotated[
-    float | None,
-    Meta(
-        description="Candidates taken from the index for each hit, then measured by the stored vectors.",
-        extra_json_schema={"extra": {"minimum": 1, "maximum": search.MAX_OVERSAMPLING}},
-    ),
-]
-
-
-Weight = Annotated[
-    float, Meta(description="Weight of a leg in hybrid.", extra_json_schema={"extra": {"minimum": 0, "maximum": 100}})
-]
 
 
 class Reranking(Struct, forbid_unknown_fields=True):
@@ -110,8 +71,8 @@ class SearchRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defau
     """What to search for: `query` (embedded here) or `embedding` (a vector of the database's model)."""
 
     tenant_id: TenantId = msgspec.field(default_factory=tenants.LeftOut)
-    query: str | None = None
-    embedding: list[float] | None = None
+    query: Query = None
+    embedding: QueryEmbedding = None
     embedding_model: Annotated[
         str | None,
         Meta(

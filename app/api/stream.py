@@ -51,7 +51,7 @@ class Line(Struct, kw_only=True, omit_defaults=True):
 
 
 class Summary(Struct, kw_only=True, omit_defaults=True):
-    """The last line; without it the answer is not whole. `stopped` says why not every line was read."""
+    """The last line; without it the answer is not whole. `stopped` says why not every line was read; `done` is false then."""
 
     done: bool
     created: int
@@ -63,6 +63,7 @@ class Summary(Struct, kw_only=True, omit_defaults=True):
 
 
 _STORED = Line(line=1, id="faq/password", status="created", version=1, chunks=ChunkCounts(1, 0, 0))
+_SUMMARY = Summary(done=True, created=1, updated=0, unchanged=0, failed=0, tokens=13)
 
 MaxTokens = Annotated[
     int | None,
@@ -120,10 +121,11 @@ class Conversation(Stream):
     responses=problems.documented(*problems.BODY)
     | {
         200: ResponseSpec(
-            Line,
+            Line | Summary,
             description="A line for each as it is stored, the line of its document in `line`; a summary last",
             media_type=MEDIA_TYPE,
-            examples=[Example("stored", value=_STORED)],
+            generate_examples=False,
+            examples=[Example("stored", value=_STORED), Example("summary", value=_SUMMARY)],
         )
     },
 )

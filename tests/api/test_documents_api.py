@@ -297,6 +297,23 @@ async def test_bad_parameters_are_named(client, params, field):
     assert_problem(await client.get("/documents", params={"tenant_id": "acme"} | params), 400, field=field)
 
 
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"state": "done"}, "state: is 'done'; allowed: 'pending', 'ready', 'failed'"),
+        ({"state": ""}, "state: is ''; allowed: 'pending', 'ready', 'failed'"),
+        (
+            {"created_before": "2026-01-01T00:00:00 02:00"},
+            "created_before: has a blank before its time zone; allowed: + written as %2B",
+        ),
+    ],
+)
+async def test_what_a_parameter_may_be_is_said(client, params, said):
+    refused = await client.get("/documents", params={"tenant_id": "acme"} | params)
+    assert refused.status_code == 400
+    assert refused.json()["detail"].startswith(said)
+
+
 async def test_a_misspelt_filter_deletes_nothing(client):
     await put(client, doc_type="t1")
     params = {"tenant_id": "acme", "doc_type": "t1", "created_befor": "2000-01-01T00:00:00Z"}

@@ -142,6 +142,7 @@ async def test_bad_requests_name_the_field(client, change, field):
         (b'{"tenant_id": "a", "threshold": []}', "threshold: is a list; allowed: a number or null from -1 to 1"),
         (b'{"tenant_id": "a", "doc_type": 5}', "doc_type: is a whole number; allowed: a text or a list or null"),
         (b'{"tenant_id": "a", "created_after": 5}', "created_after: is a whole number; allowed: an ISO 8601 moment"),
+        (b'{"tenant_id": "a", "explain": "why"}', "explain: is 'why'; allowed: 'analyze', true or false"),
         (b'{"tenant_id": "a", "created_after": "soon"}', "created_after: is not a moment; allowed: an ISO 8601 moment"),
         (b'{"tenant_id": "a", "embedding": [0, 1e999]}', "embedding[1]: is out of range; allowed: numbers"),
         (b'{"tenant_id": "a", "mode": "vektor"}', "mode: is 'vektor'; allowed: 'hybrid', 'text', 'vector'"),

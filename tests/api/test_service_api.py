@@ -1,5 +1,7 @@
 """Readiness, problems, OpenAPI and the request id."""
 
+import gzip
+import json
 import re
 
 import httpx
@@ -8,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from app import roles, schema, search, telemetry
+from app.api import problems
 from app.asgi import create_app
 from app.errors import ModelMismatch, SetupError, Unsafe
 from app.settings import Settings
@@ -182,6 +185,23 @@ async def test_the_request_id_goes_in_and_out(client, given, kept):
     assert (await client.get("/nowhere")).headers["x-request-id"]
 
 
+async def test_what_a_path_does_not_take_is_answered_with_what_it_does(client):
+    assert "there is no such path" in (await client.get("/nowhere")).json()["detail"]
+    refused = await client.put("/documents/", json={"tenant_id": "acme", "content": "Its id was empty."})
+    assert_problem(refused, 405)
+    assert "allowed: DELETE, GET, OPTIONS, POST" in refused.json()["detail"]
+
+
+async def test_a_compressed_body_is_refused_by_its_name(client):
+    for method, path in (("POST", "/search"), ("PUT", "/documents/a"), ("POST", "/documents/stream?tenant_id=acme")):
+        kind = "application/x-ndjson" if "stream" in path else "application/json"
+        headers = {"Content-Encoding": "gzip", "Content-Type": kind}
+        refused = await client.request(method, path, content=gzip.compress(b'{"tenant_id": "acme"}'), headers=headers)
+        assert_problem(refused, 415)
+        assert refused.headers["accept-encoding"] == "identity"
+        assert "Content-Encoding: 'gzip' is not taken" in refused.json()["detail"]
+
+
 KINDS = {
     "object": dict,
     "array": list,
@@ -283,7 +303,7 @@ class TestOpenAPI:
         one = document["paths"]["/documents/{document_id}"]
         for method, statuses, conditions in (
             ("get", {"200", "304"}, {"If-None-Match"}),
-            ("put", {"200", "201"}, {"If-Match", "If-None-Match"}),
+            ("put", {"200", "201", "202"}, {"If-Match", "If-None-Match"}),
             ("delete", set(), {"If-Match"}),
         ):
             responses = one[method]["responses"]
@@ -294,6 +314,54 @@ class TestOpenAPI:
         for event in ("sources", "usage", "error", "[DONE]"):
             assert event in stream["schema"]["description"]
         assert stream["examples"]["answer"]["value"].endswith("data: [DONE]\n\n")
+
+    async def test_every_object_says_what_it_is_and_which_fields_it_has(self, client):
+        document = (await client.get("/docs/openapi.json")).json()
+        schemas = document["components"]["schemas"]
+        assert [name for name, schema in schemas.items() if not schema.get("description")] == []
+        # None is made up, as Litestar would: those there are are whole requests and answers of ours.
+        assert "examples" not in json.dumps([schema["properties"] for schema in schemas.values()])
+        given = [
+            next(iter(operation["requestBody"]["content"].values()))["schema"]
+            for item in document["paths"].values()
+            for operation in item.values()
+            if "requestBody" in operation
+        ]
+        requests = set(re.findall(r"schemas/(\w+)", json.dumps(given)))
+        while inner := set(re.findall(r"schemas/(\w+)", json.dumps([schemas[name] for name in requests]))) - requests:
+            requests |= inner
+        assert requests >= {"SearchRequest", "PutDocuments", "Item", "Reranking", "CreateKey"}
+        for name in requests:
+            assert schemas[name]["additionalProperties"] is False, name
+            silent = [field for field, schema in schemas[name]["properties"].items() if not schema.get("description")]
+            assert silent == [], name
+        for name in ("Hit", "Scan", "Stored", "KeyShown", "TenantShown", "Ready"):
+            assert set(schemas[name]["required"]) == set(schemas[name]["properties"]), name
+        assert set(schemas["SearchResponse"]["properties"]) - set(schemas["SearchResponse"]["required"]) == {"explain"}
+
+    async def test_every_example_is_as_its_schema_says(self, client):
+        document = (await client.get("/docs/openapi.json")).json()
+        seen = 0
+        for path, item in document["paths"].items():
+            for method, operation in item.items():
+                for part in (operation.get("requestBody", {}), *operation["responses"].values()):
+                    for kind, content in part.get("content", {}).items():
+                        schema = content["schema"]
+                        (schema,) = schema.get("allOf", [schema])
+                        examples = [each["value"] for each in content.get("examples", {}).values()]
+                        for example in examples + content["schema"].get("examples", []):
+                            seen += 1
+                            assert list(violations(document, schema, example)) == [], (method, path, kind)
+        assert seen > 100
+
+    def test_every_problem_stands_in_the_page_on_the_api(self, root):
+        rows = re.findall(r"^\| ([\d, ]+) \| (`[^|]+`) \|", (root / "docs/api.md").read_text(), re.MULTILINE)
+        statuses: dict[str, set[int]] = {}
+        for given, names in rows:
+            for name in re.findall(r"`([a-z-]+)`", names):
+                statuses.setdefault(f"urn:pgrecall:problem:{name}", set()).update(map(int, given.split(", ")))
+        assert statuses.keys() == problems.TYPES.keys()
+        assert [urn for urn, status in problems.TYPES.items() if status not in statuses[urn]] == []
 
     async def test_answers_are_as_documented(self, client, openai):
         document = (await client.get("/docs/openapi.json")).json()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -137,6 +138,17 @@ def test_migrate_check_lists_what_is_pending_and_changes_nothing(data_dir, run):
         finally:
             owner.execute("delete from pgrecall_revision")
             owner.execute("insert into pgrecall_revision values (%s)", (head,))
+
+
+def test_migrate_by_another_than_the_owner_says_whose_login_is_wanted(data_dir, run, monkeypatch):
+    run("migrate")
+    with contextlib.closing(local.start(Settings(data_dir=str(data_dir)))) as database:
+        monkeypatch.setenv("DATABASE_URL", database.service_url)
+        for arguments in (["migrate"], ["migrate", "--check"]):
+            status, _, err = run(*arguments)
+            assert status == 2
+            assert "permission denied for table pgrecall_revision. Migrations are for the owner" in err
+            assert "PGRECALL_MIGRATION_URL" in err
 
 
 def test_roles_prints_sql_that_can_be_run_again(run, cluster):
@@ -299,8 +311,8 @@ def test_a_killed_server_starts_again_and_has_what_it_acknowledged(tmp_path):
         time.sleep(0.2)
     with serving(tmp_path / "pg") as (process, address):
         assert httpx.get(f"{address}/documents/a", params={"tenant_id": "t"}).json()["content"] == body["content"]
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=PATIENCE)
+        os.killpg(process.pid, signal.SIGHUP)  # the terminal is closed
+        assert process.wait(timeout=PATIENCE) == 0
     assert postmaster(tmp_path / "pg") is None
 
 
@@ -330,7 +342,7 @@ def test_erase_asks_first_and_says_what_went_and_what_is_left_where(run, folder,
     assert status == 2
     assert "--yes" in err
     assert "2 documents" in err
-    for typed, expected in (("another", 2), ("leaving", 0)):
+    for typed, expected in (("another", 2), ("", 2), ("leaving", 0)):  # nothing is typed where Ctrl-D is pressed
         monkeypatch.setattr(sys, "stdin", Terminal(typed))
         status, out, err = run("erase", "--tenant", "leaving", "--id", "otters.md")
         assert status == expected
@@ -352,6 +364,42 @@ def test_erase_asks_first_and_says_what_went_and_what_is_left_where(run, folder,
     assert status == 1
     assert "there was nothing to erase" in " ".join(out.split())
     assert "not vacuumed: VACUUM is for the owner" in err
+
+
+def test_closed_standard_input_is_said_to_be_closed(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it for `<&-`
+    status, _, err = run("erase", "--tenant", "leaving")
+    assert (status, "--yes: is missing" in err) == (2, True)
+    status, _, err = run("ingest", "-", "--format", "jsonl", "--tenant", "leaving")
+    assert (status, "standard input is closed" in err) == (2, True)
+
+
+def test_output_that_cannot_be_written_ends_without_a_traceback(run, monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = run("status", "--json")
+    assert (status, err) == (1, "pgrecall: No space left on device: where the output goes\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as left:
+        monkeypatch.setattr(sys, "stdout", left)
+        status, _, err = run("status", "--json")
+    assert (status, err) == (1, "")
+
+
+def test_ctrl_c_while_the_program_is_loaded_ends_without_a_traceback():
+    pressed = """
+import os, signal, sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "app.settings":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Pressed())
+import app.__main__
+"""
+    ended = subprocess.run([sys.executable, "-c", pressed], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 class Terminal(io.StringIO):

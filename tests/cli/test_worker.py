@@ -87,7 +87,7 @@ def test_what_a_killed_worker_held_is_finished_by_another(environment, owner, op
     assert owner.execute("select count(*) from documents").fetchone() == (40,)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_interrupted_worker_gives_back_at_once_and_ends_well(environment, owner, openai, number):
     insert(owner, 3)
     openai.delay = 2 * PATIENCE

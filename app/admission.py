@@ -56,7 +56,7 @@ def _put_tenant(arguments: Namespace, config: Settings, *, new: bool) -> int:
             f"tenant {name} was registered before and nothing is changed; its limits: pgrecall tenant limit {name}"
         )
     else:
-        terminal.say(f"limits of tenant {name} are set; servers know them within {config.key_cache:g} seconds")
+        terminal.say(f"limits of tenant {name} are set; servers know them within {config.key_cache:g} s")
     _tenants([row])
     return 0
 
@@ -185,7 +185,7 @@ def revoke_key(arguments: Namespace, config: Settings) -> int:
     if arguments.json:
         terminal.json(row)
     else:
-        terminal.say(f"key {row['prefix']} is revoked; servers refuse it within {config.key_cache:g} seconds")
+        terminal.say(f"key {row['prefix']} is revoked; servers refuse it within {config.key_cache:g} s")
     return 0
 
 

@@ -187,7 +187,7 @@ def find(arguments: Namespace, config: Settings) -> int:
     if arguments.json:
         terminal.json({"results": found.hits, "count": len(found.hits), "scan": found.scan})
     else:
-        terminal.hits(f"{len(found.hits)} hits for {arguments.query!r} ({found.scan.strategy} scan)", found.hits)
+        terminal.hits(f"hits for {arguments.query!r} ({found.scan.strategy} scan): {len(found.hits)}", found.hits)
     return 0
 
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,12 @@ def running(
     prepared: int = 0,
     connections: int = SERVER_CONNECTIONS,
     patience: int = 120,
+    more: Mapping[str, str] | None = None,
 ) -> Iterator[Pooler]:
-    """PgBouncer before the server of `admin_url`, for one login. `patience`: seconds a client waits for a session."""
+    """PgBouncer before the server of `admin_url`, for one login. `patience`: seconds a client waits for a session.
+
+    `more`: further settings, or other ones.
+    """
     server = urlsplit(admin_url)
     asked = parse_qs(server.query)
     host = unquote(asked["host"][0]) if "host" in asked else server.hostname
@@ -83,6 +87,7 @@ def running(
         }
         if version(program) >= (1, 21):  # where 200 is the default
             settings["max_prepared_statements"] = prepared
+        settings |= more or {}
         written = "".join(f"{name} = {value}\n" for name, value in settings.items())
         Path(folder, "ini").write_text(f"[databases]\n* = host={host} port={port}\n[pgbouncer]\n{written}")
         account: dict[str, Any] = {}

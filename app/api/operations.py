@@ -15,6 +15,8 @@ from litestar.openapi.spec import (
 )
 from litestar.openapi.spec.enums import OpenAPIType
 
+from app.api.schemas import sole
+
 _EVENTS = """\
 event: sources
 data: {"sources": [{"source": 1, "id": "faq/password", …}]}
@@ -55,14 +57,16 @@ _REACHED = (
 )
 
 
-def _without_null(schema: Schema) -> None:
+def _without_null(schema: Schema) -> Schema | Reference:
     if schema.one_of:
         kinds = schema.one_of
         schema.one_of = [each for each in kinds if not (isinstance(each, Schema) and each.type == OpenAPIType.NULL)]
     if isinstance(schema.type, list):
-        schema.type = [each for each in schema.type if each != OpenAPIType.NULL]
+        kept = [each for each in schema.type if each != OpenAPIType.NULL]
+        schema.type = kept[0] if len(kept) == 1 else kept
     if schema.enum:
         schema.enum = [each for each in schema.enum if each is not None]
+    return sole(schema)
 
 
 @dataclass
@@ -71,9 +75,8 @@ class Described(Operation):
 
     def __post_init__(self) -> None:
         for parameter in self.parameters or ():
-            schema = parameter.schema if isinstance(parameter, Parameter) else None
-            if isinstance(schema, Schema):
-                _without_null(schema)
+            if isinstance(parameter, Parameter) and isinstance(parameter.schema, Schema):
+                parameter.schema = _without_null(parameter.schema)
         self._add("503", "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again, where known.")
         for status in ("429", "507"):
             self._add(status, "Retry-After", OpenAPIType.INTEGER, "Seconds after which to try again.")

@@ -286,7 +286,7 @@ def _logged(error: errors.PgrecallError) -> ProblemDetailsException:
     if problem.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         # A cause outside of this program is told in a line; the way there is always the same.
         cause = str(error.__cause__ or "").strip().splitlines()
-        log.warning("%s: %s%s", type(error).__name__, error, f" ({cause[-1]})" if cause else "")
+        log.warning("%s: %s%s", type(error).__name__, error, f" ({cause[-1].strip()})" if cause else "")
     return problem
 
 

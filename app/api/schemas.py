@@ -1,12 +1,24 @@
 """What the OpenAPI document says of an object beyond its fields: what it is, and which of them have to be there."""
 
 import inspect
+from dataclasses import fields, replace
 from typing import Any
 
-from litestar.openapi.spec import Schema
+from litestar.openapi.spec import Reference, Schema
 from litestar.plugins import OpenAPISchemaPlugin
 from litestar.typing import FieldDefinition
 from msgspec import UNSET, Struct, structs
+
+
+def sole(schema: Schema | Reference) -> Schema | Reference:
+    """What is one of one thing as that thing: generators of clients make a type of its own of such a choice."""
+    if isinstance(schema, Reference) or not schema.one_of or len(schema.one_of) > 1:
+        return schema
+    (only,) = schema.one_of
+    if isinstance(only, Reference):
+        return only
+    given = {each.name: value for each in fields(schema) if (value := getattr(schema, each.name)) is not None}
+    return replace(only, **{name: value for name, value in given.items() if name != "one_of"})
 
 
 class Objects(OpenAPISchemaPlugin):
@@ -31,6 +43,7 @@ class Objects(OpenAPISchemaPlugin):
             and each.is_plugin_supported_field(field_definition)
         )
         schema: Schema = litestars.to_openapi_schema(field_definition, schema_creator)
+        schema.properties = {name: sole(each) for name, each in (schema.properties or {}).items()}
         kind = field_definition.type_
         schema.description = inspect.getdoc(kind)
         config = getattr(kind, "__struct_config__", None)

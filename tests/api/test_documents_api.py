@@ -301,6 +301,8 @@ async def test_bad_parameters_are_named(client, params, field):
     ("params", "said"),
     [
         ({"state": "done"}, "state: is 'done'; allowed: 'pending', 'ready', 'failed'"),
+        ({"limit": "ten"}, "limit: is 'ten'; allowed: a whole number from 1 to 1,000"),
+        ({"limit": ""}, "limit: is ''; allowed: a whole number from 1 to 1,000"),
         ({"state": ""}, "state: is ''; allowed: 'pending', 'ready', 'failed'"),
         (
             {"created_before": "2026-01-01T00:00:00 02:00"},
@@ -312,6 +314,17 @@ async def test_what_a_parameter_may_be_is_said(client, params, said):
     refused = await client.get("/documents", params={"tenant_id": "acme"} | params)
     assert refused.status_code == 400
     assert refused.json()["detail"].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("query", "field"), [("doc_type=%ff", "doc_type"), ("after=%ed%a0%80", "after"), ("%ff=1", None)]
+)
+async def test_a_query_that_is_not_utf8_is_refused(client, query, field):
+    await put(client, "a", doc_type="\ufffd")
+    for method in ("GET", "DELETE"):
+        refused = await client.request(method, f"/documents?tenant_id=acme&{query}")
+        assert "is not UTF-8" in assert_problem(refused, 400, field=field)["detail"]
+    assert (await client.get("/documents/a", params={"tenant_id": "acme"})).status_code == 200
 
 
 async def test_a_misspelt_filter_deletes_nothing(client):

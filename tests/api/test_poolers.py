@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 
 import psycopg
 import pytest
@@ -82,6 +83,19 @@ REQUESTS = [
     ("DELETE", "/tenants/acme", None),
     ("GET", "/health/ready", None),
 ]
+
+
+def test_pgbouncer_takes_the_settings_of_the_page(root, server):
+    page = (root / "docs/poolers.md").read_text()
+    (section,) = re.findall(r"^\[pgbouncer\]\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    # As PgBouncer reads them: all behind the equals sign is the value.
+    lines = [line.partition("=") for line in section.splitlines() if not line.startswith(";")]
+    shown = {name.strip(): value.strip() for name, _, value in lines}
+    assert shown["pool_mode"] == "transaction"
+    if not KNOWS_PREPARED:
+        del shown["max_prepared_statements"]
+    with pgbouncer.running(PROGRAM, server, local.SERVICE, more=shown) as running:
+        assert running.port
 
 
 async def test_every_request_leaves_the_session_as_it_was(client, settings, app):

@@ -6,6 +6,7 @@ import time
 
 from alembic import context
 from alembic.migration import MigrationContext
+from alembic.util import CommandError
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
@@ -100,6 +101,8 @@ def online(connection: Connection, options: settings.Settings) -> None:
         _configure(options, connection, steps)
         with context.begin_transaction():
             context.run_migrations()
+    except CommandError:  # before any step: `check` finds some pending, or a revision is not known
+        raise
     except Exception as error:
         # Alembic, leaving a block of concurrent work, stumbles over a connection that is gone: what it was before counts.
         first = error.__context__ if isinstance(error, PendingRollbackError) else None

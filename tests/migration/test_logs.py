@@ -10,6 +10,7 @@ import sys
 import psycopg
 import pytest
 from alembic import command
+from alembic.util import CommandError
 from psycopg import sql
 
 from app import local, schema
@@ -65,6 +66,11 @@ def test_each_step_is_an_object_by_alembic_and_by_pgrecall_and_so_is_what_stops_
     assert [record.facts["direction"] for record in caplog.records if record.name == "app.progress"] == [
         "downgrade"
     ] * (int(head) - 6)
+    # Nothing was stopped where `check` finds something pending.
+    caplog.clear()
+    with pytest.raises(CommandError, match="not up to date"):
+        command.check(schema.config(settings_for(None, "http://127.0.0.1:9/v1", migration_url=owner_url)))
+    assert "migration stopped" not in caplog.messages
     with psycopg.connect(owner_url) as other:
         other.execute("create table embedding_claims (not_ours integer)")
     stopped = run(root, owner_url, "app", "migrate")
@@ -75,3 +81,15 @@ def test_each_step_is_an_object_by_alembic_and_by_pgrecall_and_so_is_what_stops_
     assert (record["sqlstate"], record["error"]) == ("42703", fault)
     assert f"migration failed: {fault}" in told["message"]
     assert "sk-marked" not in first.stderr + rest.stderr + stopped.stderr
+
+
+def test_printed_sql_that_nobody_reads_to_its_end_is_no_traceback(root):
+    reading, writing = os.pipe()
+    os.close(reading)  # as a pager does that is left
+    with os.fdopen(writing, "wb") as left:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))}
+        command_line = [sys.executable, "-m", "alembic", "upgrade", "base:0001", "--sql"]
+        ended = subprocess.run(
+            command_line, cwd=root, env=environment, stdout=left, stderr=subprocess.PIPE, check=False, timeout=PATIENCE
+        )
+    assert (ended.returncode, ended.stderr) == (1, b"")

@@ -40,13 +40,20 @@ def of(text: str) -> list[Mutant]:
 def rewritten(rewrite: Callable[[str], str]) -> Iterator[None]:
     """Every statement passes through `rewrite` before it is sent."""
     numbered = roundtrip._numbered
-    execute = psycopg.AsyncCursor.execute
+    served, plain = psycopg.AsyncCursor.execute, psycopg.Cursor.execute
+
+    def passed(query):  # type: ignore[no-untyped-def]
+        text = query.decode() if isinstance(query, bytes) else query
+        return rewrite(text) if isinstance(text, str) else query
 
     async def executed(self, query, params=None, **options):  # type: ignore[no-untyped-def]
-        text = query.decode() if isinstance(query, bytes) else query
-        return await execute(self, rewrite(text) if isinstance(text, str) else query, params, **options)
+        return await served(self, passed(query), params, **options)
+
+    def executed_plainly(self, query, params=None, **options):  # type: ignore[no-untyped-def]
+        return plain(self, passed(query), params, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roundtrip, "_numbered", lambda text: numbered(rewrite(text)))
         patch.setattr(psycopg.AsyncCursor, "execute", executed)
+        patch.setattr(psycopg.Cursor, "execute", executed_plainly)
         yield

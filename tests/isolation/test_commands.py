@@ -1,35 +1,13 @@
 """Every command of the command line: what names a tenant says nothing of another, and touches nothing of it."""
 
 import argparse
-import json
 
 import pytest
 
-from app.__main__ import main
 from app.arguments import parser
-from tests.isolation.routes import IDS, QUESTION
-from tests.isolation.worlds import MARK, VOLATILE, difference
-
-ACME = ("--tenant", "acme", "--json")
-RECIPES: dict[str, list[tuple[str, ...]]] = {
-    "ingest": [
-        ("FILE", *ACME),
-        ("FILE", "--dry-run", *ACME),
-        ("FILE", "--as", "load", "--delete-missing", "--force", *ACME),
-    ],
-    "search": [
-        (question, "--mode", mode, "--top-k", "100", *ACME)
-        for question in (QUESTION, MARK)
-        for mode in ("vector", "text", "hybrid")
-    ],
-    "ask": [(QUESTION, *ACME), (MARK, "--mode", "text", *ACME)],
-    "worker": [("--once", *ACME)],
-    "queue": [ACME, ("--state", "failed", *ACME)],
-    "retry": [*(("--id", f"failed/{name}", *ACME) for name in ("theirs", "nobody", "shared")), ("--all", *ACME)],
-    "evaluate": [("JUDGED", *ACME), ("--ann", "--sample", "10", *ACME)],
-    "erase": [*(("--id", each, "--yes", *ACME) for each in IDS), ("--yes", *ACME)],
-}
-"""Commands that name a tenant."""
+from tests.isolation.commands import RECIPES
+from tests.isolation.routes import QUESTION
+from tests.isolation.worlds import MARK, difference
 
 ACROSS: dict[str, list[tuple[str, ...]]] = {
     "queue": [("--json",)],
@@ -86,39 +64,6 @@ def test_every_command_has_a_recipe_or_a_reason():
     below = commands.add_parser("novel").add_subparsers()
     below.add_parser("step").set_defaults(run=print)
     assert leaves(made) - known == {"novel step"}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path, answering):
-    """Run a command on a world; its exit status, standard output and standard error."""
-    (tmp_path / "own.jsonl").write_text(
-        "".join(json.dumps({"id": each, "content": f"Of {each}."}) + "\n" for each in IDS)
-    )
-    judged = {"query": QUESTION, "expected_doc_ids": ["theirs", "mine", "nobody"]}
-    (tmp_path / "judged.jsonl").write_text(json.dumps(judged) + "\n")
-    places = {"FILE": str(tmp_path / "own.jsonl"), "JUDGED": str(tmp_path / "judged.jsonl")}
-
-    def _run(world, command: str, arguments: tuple[str, ...]) -> tuple[object, ...]:
-        environment = {
-            "DATABASE_URL": world.cluster.service(world.name),
-            "PGRECALL_MIGRATION_URL": world.owner,
-            "OPENAI_API_KEY": "sk-test",
-            "OPENAI_BASE_URL": answering.url,
-            "PGRECALL_EMBEDDING_MODEL": "text-embedding-3-small",
-            "PGRECALL_EMBEDDING_DIMENSIONS": "64",
-        }
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        capsys.readouterr()
-        try:
-            status = main([*command.split(), *(places.get(each, each) for each in arguments)])
-        except SystemExit as ended:
-            status = ended.code
-        given = capsys.readouterr()
-        said = [VOLATILE.sub("*", each.replace(world.name, "DATABASE")) for each in (given.out, given.err)]
-        return (status, *said)
-
-    return _run
 
 
 @pytest.mark.parametrize("command", RECIPES)

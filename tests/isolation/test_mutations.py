@@ -20,9 +20,13 @@ from app import isolation
 from app.settings import Settings
 from tests.conftest import cloned
 from tests.isolation import mutations
+from tests.isolation.commands import FILTERED, READING
+from tests.isolation.commands import RECIPES as COMMANDS
 from tests.isolation.mutations import Mutant
 from tests.isolation.routes import RECIPES, SEARCHES, WALKING
 from tests.isolation.worlds import Asked, Told, World, ask, difference, marked, serving
+
+Runs = tuple[tuple[str, ...], ...]
 
 READS = [route for route in RECIPES if route[0] == "GET" or route in SEARCHES]
 """Routes that change nothing: their mutants share a database."""
@@ -76,6 +80,14 @@ class Seen(NamedTuple):
     leaked: bool
     differs: bool
     touched: bool
+
+
+def counted(what: object, tally: list[tuple[Seen, str]]) -> list[str]:
+    """Print what the mutants did, and return those that did something."""
+    counts = {name: sum(getattr(found, name) for found, _ in tally) for name in Seen._fields}
+    seen = [f"{what} {found}\n{text}" for found, text in tally if any(found)]
+    print(what, {"mutants": len(tally), "seen": len(seen)} | counts)
+    return seen
 
 
 class Service(NamedTuple):
@@ -148,8 +160,7 @@ async def test_without_views_and_policies_the_predicates_hold(pair, route, walks
 @pytest.mark.parametrize("open_", [False, True], ids=["under views and policies", "without them"])
 @pytest.mark.parametrize(("route", "walks"), CASES)
 async def test_a_predicate_may_be_missing(cluster, templates, answering, route, walks, open_):
-    counts = dict.fromkeys(("mutants", "seen", "leaked", "touched", "differing"), 0)
-    seen: list[str] = []
+    tally: list[tuple[Seen, str]] = []
 
     @contextlib.contextmanager
     def service() -> Iterator[Service]:
@@ -170,15 +181,70 @@ async def test_a_predicate_may_be_missing(cluster, templates, answering, route, 
                 expected[asked] = await shared.answers(trial.requests, lambda text: text)
             with contextlib.nullcontext(shared) if route in READS else service() as used:
                 result = await used.tried(trial, expected[asked])
-            counts["mutants"] += 1
-            counts["leaked"] += result.leaked
-            counts["touched"] += result.touched
-            counts["differing"] += result.differs
-            counts["seen"] += any(result)
-            if any(result):
-                seen.append(f"{route} {result}\n{trial.mutant.mutated}")
-    print(route, walks, open_, counts)
-    if open_:
-        assert counts["seen"] or route in UNSEEN, counts
-    else:
-        assert not seen, "\n".join(seen[:3])
+            tally.append((result, trial.mutant.mutated))
+    seen = counted((route, walks, open_), tally)
+    assert (seen or route in UNSEEN) if open_ else not seen, "\n".join(seen[:3])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_views_and_policies_the_predicates_of_commands_hold(pair, run, command):
+    both, alone = pair
+    opened(both)
+    before = both.foreign()
+    for arguments in COMMANDS[command]:
+        given = run(both, command, arguments)
+        assert marked([given]) == []
+        assert difference(given, run(alone, command, arguments)) == "", arguments
+    assert both.foreign() == before
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("command", "open_"),
+    [
+        pytest.param(command, open_, id=f"{command}, {'without' if open_ else 'under'} views and policies")
+        for command in COMMANDS
+        for open_ in (False, True)
+        if open_ or command not in FILTERED
+    ],
+)
+def test_a_predicate_may_be_missing_in_a_command(cluster, templates, answering, run, command, open_):
+    tally: list[tuple[Seen, str]] = []
+
+    @contextlib.contextmanager
+    def made() -> Iterator[World]:
+        with cloned(cluster, templates[0]) as name:
+            world = World(cluster, name, answering.url, True)
+            if open_:
+                opened(world)
+            yield world
+
+    def said(world: World, several: Runs, rewrite: Callable[[str], str]) -> list[object]:
+        with mutations.rewritten(rewrite):
+            return [run(world, command, arguments) for arguments in several]
+
+    runs = COMMANDS[command]
+    trials: dict[Mutant, Runs] = {}
+    expected: dict[Runs, list[object]] = {}
+    with made() as shared:
+        for several in [(each,) for each in runs] if command in READING else [tuple(runs)]:
+            sent: list[str] = []
+
+            def hear(text: str, sent: list[str] = sent) -> str:
+                sent.append(text)
+                return text
+
+            expected[several] = said(shared, several, hear)
+            for mutant in dict.fromkeys(each for text in sent for each in mutations.of(text)):
+                trials.setdefault(mutant, several)
+        for mutant, several in trials.items():
+            with contextlib.nullcontext(shared) if command in READING else made() as world:
+                before = world.foreign()
+                mutate = {mutant.text: mutant.mutated}
+                told = said(world, several, lambda text, mutate=mutate: mutate.get(text, text))
+                found = Seen(bool(marked(told)), told != expected[several], world.foreign() != before)
+            tally.append((found, f"{mutant.mutated}\n{difference(told, expected[several])}"))
+    assert trials
+    seen = counted((command, open_), tally)
+    assert seen if open_ else not seen, "\n".join(seen[:3])

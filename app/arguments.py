@@ -18,6 +18,7 @@ from app import (
     ingest,
     keys,
     psql,
+    ranges,
     scorecard,
     transition,
     weighing,
@@ -105,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
         )
         asked.add_argument("query", help="the question")
         asked.add_argument("--tenant", required=True, help="whose documents are searched")
-        asked.add_argument("--top-k", type=_whole(1, 100), default=5, metavar="N", help="at most so many chunks (5)")
+        asked.add_argument(
+            "--top-k", type=ranges.whole(1, 100), default=5, metavar="N", help="at most so many chunks (5)"
+        )
         asked.add_argument("--threshold", type=float, metavar="S", help="least cosine similarity, -1 to 1")
         asked.add_argument(
             "--mode",
@@ -178,7 +181,9 @@ def _queueing(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     queued.add_argument("--tenant", help="only this tenant's")
     queued.add_argument("--state", choices=["pending", "failed"], help="only these")
-    queued.add_argument("--limit", type=_whole(1, 100_000), default=100, metavar="N", help="at most so many (100)")
+    queued.add_argument(
+        "--limit", type=ranges.whole(1, 100_000), default=100, metavar="N", help="at most so many (100)"
+    )
     _json(queued)
     retried = command(
         "retry",
@@ -243,9 +248,11 @@ def _ingesting(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     added.add_argument("--dry-run", action="store_true", help="write nothing, say what would change and be embedded")
     added.add_argument(
-        "--max-tokens", type=_whole(0, 10**12), metavar="N", help="stop before more tokens than this are embedded"
+        "--max-tokens", type=ranges.whole(0, 10**12), metavar="N", help="stop before more tokens than this are embedded"
     )
-    added.add_argument("--price", type=float, metavar="P", help="of a million tokens (PGRECALL_EMBEDDING_PRICE)")
+    added.add_argument(
+        "--price", type=ranges.number(0, 10_000), metavar="P", help="of a million tokens (PGRECALL_EMBEDDING_PRICE)"
+    )
     _json(added)
 
 
@@ -271,7 +278,7 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="tenant of the lines that name none; of a folder's documents (eval- and the folder's name); with --ann, to sample (all)",
     )
     judged.add_argument(
-        "-k", type=_whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
+        "-k", type=ranges.whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
     )
     judged.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page to look at")
     judged.add_argument("--save", type=Path, metavar="FILE", help="write the results as JSON, to compare with later")
@@ -282,7 +289,7 @@ def _evaluating(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--ann", action="store_true", help="instead of judged queries: stored vectors, served against exact search"
     )
     judged.add_argument(
-        "--sample", type=_whole(2, 100_000), default=200, metavar="N", help="so many vectors, with --ann (200)"
+        "--sample", type=ranges.whole(2, 100_000), default=200, metavar="N", help="so many vectors, with --ann (200)"
     )
     judged.add_argument(
         "--mode",
@@ -337,16 +344,18 @@ def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
             nargs=None if name == "plan" else "?",
             help="name of the new model; local for the one inside the package",
         )
-        added.add_argument("--dimensions", type=_whole(1, 4_000), metavar="N", help="length of its vectors")
+        added.add_argument("--dimensions", type=ranges.whole(1, 4_000), metavar="N", help="length of its vectors")
         added.add_argument("--base-url", metavar="URL", help="its server, if not the one of OPENAI_BASE_URL")
-        added.add_argument("--rate", type=float, metavar="N", help="at most so many chunks a second")
-        added.add_argument("--price", type=float, metavar="P", help="of a million tokens")
+        added.add_argument(
+            "--rate", type=ranges.number(0.001, 10**6), metavar="N", help="at most so many chunks a second"
+        )
+        added.add_argument("--price", type=ranges.number(0, 10_000), metavar="P", help="of a million tokens")
         if name == "backfill":
             added.add_argument(
                 "--callers", action="store_true", help="embed texts whose vectors their callers brought, too"
             )
             added.add_argument(
-                "--max-tokens", type=_whole(1, 10**12), metavar="N", help="stop before more tokens are embedded"
+                "--max-tokens", type=ranges.whole(1, 10**12), metavar="N", help="stop before more tokens are embedded"
             )
     compared = step(
         "compare", transition.compare, "Set the new model beside the former one: judged queries, or sampled chunks."
@@ -360,14 +369,18 @@ def _changing(command: Callable[..., argparse.ArgumentParser]) -> None:
         )
         added.add_argument("--tenant", help="tenant of the lines that name none")
         added.add_argument(
-            "-k", type=_whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
+            "-k", type=ranges.whole(1, 1000), default=10, metavar="N", help="so many documents are looked at (10)"
         )
     compared.add_argument(
-        "--sample", type=_whole(2, 100_000), default=200, metavar="N", help="so many chunks, without --judged (200)"
+        "--sample",
+        type=ranges.whole(2, 100_000),
+        default=200,
+        metavar="N",
+        help="so many chunks, without --judged (200)",
     )
     switched.add_argument(
         "--tolerance",
-        type=float,
+        type=ranges.number(0, 1),
         default=weighing.TOLERANCE,
         metavar="D",
         help=f"refuse where nDCG on --judged falls by more ({weighing.TOLERANCE:g})",
@@ -406,7 +419,7 @@ def _admitting(command: Callable[..., argparse.ArgumentParser]) -> None:
         made = step(verb, run, summary)
         made.add_argument("tenant", help="its name")
         for name, what in (("--max-rows", "chunks it may have"), ("--tokens-per-day", "tokens its keys may spend")):
-            made.add_argument(name, type=_limit, default=UNSET, metavar="N", help=f"{what}; none: no limit")
+            made.add_argument(name, type=ranges.limit, default=UNSET, metavar="N", help=f"{what}; none: no limit")
     step("list", admission.list_tenants, "List the tenants, registered or in use.")
     made = step("delete", admission.delete_tenant, "Revoke a tenant's keys, erase all it has, strike it off.")
     made.add_argument("tenant", help="its name")
@@ -426,8 +439,8 @@ def _admitting(command: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--scope", action="append", choices=keys.SCOPES, required=True, help="may be repeated")
     made.add_argument("--name", help="what it is for")
     made.add_argument("--days", type=float, metavar="N", help="after which it expires (never)")
-    made.add_argument("--requests-per-minute", type=_whole(1, 10**12), metavar="N", help="(no limit)")
-    made.add_argument("--concurrent-streams", type=_whole(0, 10**12), metavar="N", help="(no limit)")
+    made.add_argument("--requests-per-minute", type=ranges.whole(1, 10**12), metavar="N", help="(no limit)")
+    made.add_argument("--concurrent-streams", type=ranges.whole(0, 10**12), metavar="N", help="(no limit)")
     made = step("list", admission.list_keys, "List the keys, without what is secret of them.")
     made.add_argument("--tenant", help="only this tenant's")
     step("revoke", admission.revoke_key, "Have a key refused from now on.").add_argument(
@@ -475,7 +488,11 @@ def _querying(command: Callable[..., argparse.ArgumentParser]) -> None:
     whose.add_argument("--all-tenants", action="store_true", help="it may read every tenant, those to come too")
     whose.add_argument("--revoke", action="store_true", help="it may read nothing any more; the login stays")
     admitted.add_argument(
-        "--statement-timeout", type=_seconds, default=60.0, metavar="S", help="seconds a statement may take (60)"
+        "--statement-timeout",
+        type=ranges.number(0.001, 86_400),
+        default=60.0,
+        metavar="S",
+        help="seconds a statement may take (60)",
     )
     admitted.add_argument("--apply", action="store_true", help="run the statements instead of printing them")
     admitted.add_argument("--url", help="an administrator's URL, with --apply")
@@ -483,8 +500,8 @@ def _querying(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _serving(added: argparse.ArgumentParser) -> None:
     added.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    added.add_argument("--port", type=_whole(0, 65_535), default=8000, help="port, 0 for a free one (8000)")
-    added.add_argument("--workers", type=_whole(1, 64), default=1, metavar="N", help="server processes (1)")
+    added.add_argument("--port", type=ranges.whole(0, 65_535), default=8000, help="port, 0 for a free one (8000)")
+    added.add_argument("--workers", type=ranges.whole(1, 64), default=1, metavar="N", help="server processes (1)")
     worker = added.add_mutually_exclusive_group()
     worker.add_argument(
         "--with-worker",
@@ -501,26 +518,3 @@ def _serving(added: argparse.ArgumentParser) -> None:
 
 def _json(added: argparse.ArgumentParser) -> None:
     added.add_argument("--json", action="store_true", help="one JSON document on standard output")
-
-
-def _limit(text: str) -> int | None:
-    return None if text == "none" else _whole(0, 10**12)(text)
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a whole number from {low} to {high}")
-        return int(text)
-
-    return convert
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.001 <= value <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: seconds from 0.001 to 86,400")
-    return value

@@ -62,6 +62,8 @@ def ingest(arguments: Namespace, config: Settings) -> int:
     tenants.check(arguments.tenant, "--tenant")
     reading = _reading(arguments)
     files.check(arguments.path, reading)
+    if arguments.load_name == "":
+        raise BadInput("--as", "is empty; allowed: a name, or no --as")
     if arguments.delete_missing and not arguments.load_name:
         fault = "needs --as NAME: only documents that were ingested under a name can be told from others"
         raise BadInput("--delete-missing", fault)
@@ -265,6 +267,10 @@ def _forecast(report: Report, cost: Cost) -> str:
     )
 
 
+def _spelt(item: Unreadable | Noted) -> dict[str, str | None]:
+    return {name: value and terminal.spelt(value) for name, value in msgspec.structs.asdict(item).items()}
+
+
 def _record(report: Report) -> dict[str, Any]:
     meter = report.meter
     made = {name: value for name, value in asdict(report.counts).items() if name != "skipped"} | {
@@ -277,8 +283,8 @@ def _record(report: Report) -> dict[str, Any]:
             for name in ("texts", "tokens", "cache_hits", "deduplicated", "requests", "retries", "rate_limited")
         }
         | {"cost": meter.cost(report.price)},
-        "skipped": [msgspec.structs.asdict(item) for item in report.skipped],
-        "notes": [msgspec.structs.asdict(item) for item in report.notes],
+        "skipped": list(map(_spelt, report.skipped)),
+        "notes": list(map(_spelt, report.notes)),
     }
     if report.cost is not None:
         price = None if report.price is None else report.cost.price(report.price)

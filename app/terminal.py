@@ -34,7 +34,12 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 
 def visible(text: str) -> str:
     """The text with a replacement for each control character but tab and line feed: documents do not steer terminals."""
-    return _UNSEEN.sub("\ufffd", text)
+    return spelt(_UNSEEN.sub("\ufffd", text))
+
+
+def spelt(text: str) -> str:
+    """The text with the bytes of a file's name that are not UTF-8, which no output takes, as Python spells them."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def json(value: Any) -> None:

@@ -206,6 +206,24 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize("number", ["nan", "-1", "inf", "x"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ingest", ".", "--tenant", "t", "--price"],
+        ["model", "plan", "m", "--rate"],
+        ["model", "switch", "--tolerance"],
+        ["analyst", "jane", "--all-tenants", "--statement-timeout"],
+    ],
+)
+def test_a_number_that_is_none_is_refused_with_what_is_allowed(arguments, number, capsys):
+    # A fall of nDCG by more than nan there is none: switch would have refused nothing.
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, number])
+    assert stopped.value.code == 2
+    assert f"{number!r} is not allowed; allowed: a number from 0" in capsys.readouterr().err
+
+
 def test_a_wrong_setting_stops_with_its_name(run, monkeypatch):
     monkeypatch.setenv("PGRECALL_POOL_SIZE", "0")
     status, _, err = run("status")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -89,6 +90,14 @@ def test_what_cannot_be_read_is_reported_and_skipped(run, folder, stored):
     assert "taken for cp1252" in report["notes"][0]["note"]
     assert report["created"] == 7
     assert stored("damage", "content")["e.txt"] == "Une réponse en français, donnée à l'élève."
+
+
+def test_a_name_that_is_not_utf8_is_told_in_json_too(run, tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.md")).write_text("Coffee.")
+    status, out, _ = run("ingest", tmp_path, "--tenant", "named", "--json")
+    (skipped,) = json.loads(out)["skipped"]
+    assert (status, skipped["id"]) == (1, r"caf\udce9.md")
+    assert "lone surrogate" in skipped["fault"]
 
 
 def test_two_folders_with_the_same_file_do_not_overwrite_each_other(run, tmp_path):
@@ -253,6 +262,7 @@ def test_delete_missing_needs_a_name(run, folder):
         (["--separator", "ab"], "--separator"),
         (["--encoding", "nonsense"], "--encoding"),
         (["--metadata", "[]"], "--metadata"),
+        (["--as", ""], "--as: is empty"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(run, folder, options, words):

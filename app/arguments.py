@@ -109,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
         asked.add_argument(
             "--top-k", type=ranges.whole(1, 100), default=5, metavar="N", help="at most so many chunks (5)"
         )
-        asked.add_argument("--threshold", type=float, metavar="S", help="least cosine similarity, -1 to 1")
+        asked.add_argument(
+            "--threshold", type=ranges.number(-1, 1), metavar="S", help="least cosine similarity, -1 to 1"
+        )
         asked.add_argument(
             "--mode",
             choices=["vector", "text", "hybrid"],

@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -31,6 +32,10 @@ from tests.openai_server import OpenAIServer
 for _name in [name for name in os.environ if name.startswith(("PGRECALL_", "OPENAI_", "DATABASE_"))]:
     if not _name.startswith("PGRECALL_TEST_"):
         del os.environ[_name]
+# Run by nohup or in the background of a script, pytest ignores these, and so would all processes that tests start and stop.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start need not all compile the package
 
 THOROUGH = int(os.environ.get("THOROUGH", "1"))

@@ -10,7 +10,7 @@ the tenant more than once.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import psycopg
@@ -65,6 +65,21 @@ def opened(world: World) -> None:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The service starts although views and policies let everything through, which it refuses otherwise."""
     monkeypatch.setattr(isolation, "faults", lambda _: [])
+
+
+@pytest.fixture
+def made(cluster, templates, answering):
+    """Makes a world that is shared; `open_`: without what views and policies hold."""
+
+    @contextlib.contextmanager
+    def _made(*, open_: bool) -> Iterator[World]:
+        with cloned(cluster, templates[0]) as name:
+            world = World(cluster, name, answering.url, True)
+            if open_:
+                opened(world)
+            yield world
+
+    return _made
 
 
 class Trial(NamedTuple):
@@ -159,15 +174,12 @@ async def test_without_views_and_policies_the_predicates_hold(pair, route, walks
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("open_", [False, True], ids=["under views and policies", "without them"])
 @pytest.mark.parametrize(("route", "walks"), CASES)
-async def test_a_predicate_may_be_missing(cluster, templates, answering, route, walks, open_):
+async def test_a_predicate_may_be_missing(made, route, walks, open_):
     tally: list[tuple[Seen, str]] = []
 
     @contextlib.contextmanager
     def service() -> Iterator[Service]:
-        with cloned(cluster, templates[0]) as name:
-            world = World(cluster, name, answering.url, True)
-            if open_:
-                opened(world)
+        with made(open_=open_) as world:
             yield Service(world, walks)
 
     with service() as listened:
@@ -209,40 +221,34 @@ def test_without_views_and_policies_the_predicates_of_commands_hold(pair, run, c
         if open_ or command not in FILTERED
     ],
 )
-def test_a_predicate_may_be_missing_in_a_command(cluster, templates, answering, run, command, open_):
+def test_a_predicate_may_be_missing_in_a_command(made, run, command, open_):
     tally: list[tuple[Seen, str]] = []
 
-    @contextlib.contextmanager
-    def made() -> Iterator[World]:
-        with cloned(cluster, templates[0]) as name:
-            world = World(cluster, name, answering.url, True)
-            if open_:
-                opened(world)
-            yield world
+    def said(world: World, several: Runs, change: Mapping[str, str], sent: list[str]) -> list[object]:
+        """What the command says while statements are changed; `sent` learns all there are."""
 
-    def said(world: World, several: Runs, rewrite: Callable[[str], str]) -> list[object]:
+        def rewrite(text: str) -> str:
+            sent.append(text)
+            return change.get(text, text)
+
         with mutations.rewritten(rewrite):
             return [run(world, command, arguments) for arguments in several]
 
     runs = COMMANDS[command]
     trials: dict[Mutant, Runs] = {}
     expected: dict[Runs, list[object]] = {}
-    with made() as shared:
+    with made(open_=open_) as shared:
         for several in [(each,) for each in runs] if command in READING else [tuple(runs)]:
             sent: list[str] = []
-
-            def hear(text: str, sent: list[str] = sent) -> str:
-                sent.append(text)
-                return text
-
-            expected[several] = said(shared, several, hear)
+            expected[several] = said(shared, several, {}, sent)
             for mutant in dict.fromkeys(each for text in sent for each in mutations.of(text)):
                 trials.setdefault(mutant, several)
         for mutant, several in trials.items():
-            with contextlib.nullcontext(shared) if command in READING else made() as world:
+            with contextlib.nullcontext(shared) if command in READING else made(open_=open_) as world:
                 before = world.foreign()
-                mutate = {mutant.text: mutant.mutated}
-                told = said(world, several, lambda text, mutate=mutate: mutate.get(text, text))
+                sent = []
+                told = said(world, several, {mutant.text: mutant.mutated}, sent)
+                assert mutant.text in sent, mutant
                 found = Seen(bool(marked(told)), told != expected[several], world.foreign() != before)
             tally.append((found, f"{mutant.mutated}\n{difference(told, expected[several])}"))
     assert trials
